@@ -1,0 +1,510 @@
+"""Models, data and local training: the file to edit when you try an idea.
+
+A new model is one class and one line in MODELS; server and devices then find it by
+its name. To fetch CIFAR-10 ahead of a run, and to see what each model weighs:
+
+    python utils.py --data_dir data
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGE_SIZE = 32  # pixels a side; a model that wants more has an attribute `image_size`
+
+# CIFAR-10's mean and standard deviation per channel, of pixels in 0..1. Constants,
+# because every device must normalise alike and none may tell its own statistics.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+
+
+class TaskError(Exception):
+    """A model, a data set or a setting that cannot work; the message says what to do."""
+
+
+# --- Models ---------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """LeNet-like CNN of 62,006 parameters, the one of PyTorch's 60-minute blitz."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = x.flatten(1)
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        return self.fc3(x)
+
+
+def resnet18(num_classes: int = 10) -> nn.Module:
+    """torchvision's ResNet18 for small images: 3x3 stride-1 stem, no max-pool.
+
+    GroupNorm stands in for BatchNorm, whose running statistics are each device's own:
+    their average describes no device when the data differ from one to the next
+    (Hsieh et al. 2020, arXiv:1910.00189).
+    """
+    import torchvision  # here, because it costs a Raspberry Pi 70 MB and more
+
+    net = torchvision.models.resnet18(
+        num_classes=num_classes, norm_layer=lambda channels: nn.GroupNorm(32, channels)
+    )
+    net.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+    net.maxpool = nn.Identity()
+    return net
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "Net": Net,
+    "ResNet18": resnet18,
+}
+
+
+def build_model(name: str, num_classes: int = 10, seed: int = 0) -> nn.Module:
+    """Return the model `name` with random weights drawn from `seed`."""
+    if name not in MODELS:
+        raise TaskError(f"no model '{name}'; utils.MODELS has {', '.join(MODELS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name](num_classes)
+
+
+def get_weights(net: nn.Module) -> list[np.ndarray]:
+    """Return copies of all parameters and buffers, in the order of `state_dict()`."""
+    return [value.detach().cpu().numpy().copy() for value in net.state_dict().values()]
+
+
+def set_weights(net: nn.Module, weights: Sequence[np.ndarray]) -> None:
+    """Load what `get_weights` returned.
+
+    Raises:
+        TaskError: the number of arrays or the shape of one is not this model's.
+    """
+    state = net.state_dict()
+    if len(weights) != len(state):
+        raise TaskError(f"{len(weights)} arrays for a model that has {len(state)}")
+    for (name, value), array in zip(state.items(), weights, strict=True):
+        if tuple(value.shape) != array.shape:
+            raise TaskError(f"{name} has shape {tuple(value.shape)}, not {array.shape}")
+        if not array.flags.writeable:  # torch warns of read-only memory that it only reads
+            array = array.copy()
+        value.copy_(torch.from_numpy(array))
+
+
+# --- Data -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images in memory as they come from the disk: 8 bits a channel, not normalised."""
+
+    images: Tensor  # uint8, (N, 3, H, W)
+    labels: Tensor  # int64, (N,)
+    classes: list[str]
+    source: str  # "CIFAR-10", "images in /data", "synthetic images"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: np.ndarray) -> "ImageSet":
+        """Return the images at `indices` as a set of its own (a copy)."""
+        chosen = torch.from_numpy(indices)
+        return ImageSet(self.images[chosen], self.labels[chosen], self.classes, self.source)
+
+
+def load_data(
+    data_dir: str | Path, split: str, image_size: int = IMAGE_SIZE, *, download: bool = False
+) -> ImageSet:
+    """Load the `train` or `test` images of `data_dir`, resized to `image_size` pixels.
+
+    `data_dir` is a folder with `train/<class>/*` and `test/<class>/*`, or one that holds
+    CIFAR-10 as torchvision keeps it; with `download` CIFAR-10 is fetched into it first.
+    "synthetic" (or "synthetic:2000" for so many training images) needs no folder at all.
+
+    Raises:
+        TaskError: nothing usable is there.
+    """
+    if str(data_dir).split(":")[0] == "synthetic":
+        return _synthetic(str(data_dir), split, image_size)
+    data_dir = Path(data_dir)
+    if (data_dir / "train").is_dir() or (data_dir / "test").is_dir():
+        return _image_folder(data_dir, split, image_size)
+    if image_size != IMAGE_SIZE:
+        raise TaskError(f"CIFAR-10 has 32x32 images, the model wants {image_size}x{image_size}")
+    return _cifar10(data_dir, split, download)
+
+
+def _cifar10(data_dir: Path, split: str, download: bool) -> ImageSet:
+    if not download:
+        what = "is empty" if data_dir.is_dir() else "does not exist"
+        if data_dir.is_dir() and any(data_dir.iterdir()):
+            what = "has neither CIFAR-10 nor folders train/<class>, test/<class>"
+        if not (data_dir / "cifar-10-batches-py").is_dir():
+            raise TaskError(
+                f"data directory '{data_dir}' {what}; put your images there, or fetch "
+                f"CIFAR-10 with: python utils.py --data_dir {data_dir}"
+            )
+    import torchvision  # here, because it costs a Raspberry Pi 70 MB and more
+
+    try:
+        if download:
+            data_dir.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(data_dir) if download else contextlib.nullcontext():
+            # torchvision checks the MD5 sums of the archive and of every file in it.
+            cifar = torchvision.datasets.CIFAR10(data_dir, split == "train", download=download)
+    except OSError as error:  # URLError and HTTPError are OSErrors
+        raise TaskError(f"cannot fetch CIFAR-10 into '{data_dir}': {error}") from error
+    except RuntimeError as error:  # torchvision's answer to a wrong checksum
+        raise TaskError(
+            f"CIFAR-10 in '{data_dir}' is damaged or incomplete; fetch it again with: "
+            f"python utils.py --data_dir {data_dir}"
+        ) from error
+    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+    return ImageSet(images, torch.tensor(cifar.targets), list(cifar.classes), "CIFAR-10")
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process at a time fill `folder`; the others wait and find it filled."""
+    import fcntl
+
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def _image_folder(data_dir: Path, split: str, image_size: int) -> ImageSet:
+    classes = class_names(data_dir, split)
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(
+            path
+            for path in (data_dir / split / name).rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        )
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise TaskError(
+            f"no images in '{data_dir / split}' (looked for train/<class>/*.jpg and the like)"
+        )
+
+    from torchvision.datasets.folder import pil_loader
+
+    images = np.empty((len(paths), 3, image_size, image_size), np.uint8)
+
+    def decode(i: int) -> str | None:
+        """Fill images[i]; return why that is not possible, if so."""
+        try:
+            image = pil_loader(str(paths[i]))
+            if image.size != (image_size, image_size):
+                image = image.resize((image_size, image_size), reducing_gap=2.0)
+            images[i] = np.asarray(image).transpose(2, 0, 1)
+        except Exception as error:  # a broken file can raise nearly anything
+            return f"{paths[i]}: {error}"
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the GIL
+        problems = list(pool.map(decode, range(len(paths)), chunksize=64))
+    good = np.array([problem is None for problem in problems])
+    broken = [problem for problem in problems if problem]
+    for problem in broken[:10]:
+        print(f"broken image skipped: {problem}", file=sys.stderr)
+    if broken:
+        print(f"{len(broken)} of {len(paths)} images are broken and skipped", file=sys.stderr)
+    if not good.any():
+        raise TaskError(f"all {len(paths)} images in '{data_dir / split}' are broken")
+    if broken:
+        images = images[good]
+    return ImageSet(
+        torch.from_numpy(images), torch.tensor(labels)[good], classes, f"images in {data_dir}"
+    )
+
+
+def class_names(data_dir: Path, split: str) -> list[str]:
+    """Return the class folders of `split`, sorted, once they make sense.
+
+    Raises:
+        TaskError: no such split, fewer than two classes, or train and test that differ.
+    """
+    folders = {
+        part: sorted(
+            entry.name
+            for entry in (data_dir / part).iterdir()
+            if entry.is_dir() and not entry.name.startswith(".")
+        )
+        for part in ("train", "test")
+        if (data_dir / part).is_dir()
+    }
+    if split not in folders:
+        raise TaskError(f"'{data_dir}' has no folder {split}/ with a folder of images per class")
+    if len(folders[split]) < 2:
+        raise TaskError(
+            f"'{data_dir / split}' has {len(folders[split])} class folder(s) "
+            f"({', '.join(folders[split]) or 'none'}); at least 2 are needed to tell apart"
+        )
+    if len(folders) == 2 and folders["train"] != folders["test"]:
+        odd = sorted(set(folders["train"]) ^ set(folders["test"]))
+        raise TaskError(
+            f"the classes in '{data_dir}' differ between train/ and test/: "
+            f"{', '.join(odd)} in only one of them"
+        )
+    return folders[split]
+
+
+def _synthetic(name: str, split: str, image_size: int) -> ImageSet:
+    """Make noisy, shifted colour patterns of CIFAR-10's shape, the same on every machine.
+
+    "synthetic" has CIFAR-10's 50,000 and 10,000 images, "synthetic:N" N and N // 5.
+    """
+    match = re.fullmatch(r"synthetic(?::([1-9]\d*))?", name)
+    if not match:
+        raise TaskError(f"no data set '{name}'; say synthetic or synthetic:2000")
+    size = int(match[1] or 50_000)
+    if split == "test":
+        size = max(1, size // 5)
+    rng = np.random.default_rng([0, split == "test"])
+    # A coarse coloured grid per class, shifted at random and three quarters hidden by noise.
+    patterns = np.random.default_rng(1).integers(0, 256, (10, 3, 4, 4), np.uint8)
+    patterns = patterns.repeat(8, axis=2).repeat(8, axis=3)
+    labels = rng.integers(0, 10, size)
+    images = rng.integers(0, 256, (size, 3, 32, 32), np.uint8)
+    shifts = rng.integers(0, 8, (size, 2))
+    for i, (label, (down, right)) in enumerate(zip(labels, shifts, strict=True)):
+        images[i] = images[i] // 4 * 3 + np.roll(patterns[label], (down, right), (1, 2)) // 4
+    tensor = torch.from_numpy(images)
+    if image_size != 32:
+        tensor = F.interpolate(tensor, size=(image_size, image_size))
+    classes = [f"pattern {i}" for i in range(10)]
+    return ImageSet(tensor, torch.from_numpy(labels), classes, "synthetic images")
+
+
+# --- Partitions -----------------------------------------------------------------------
+
+
+def partition(labels: np.ndarray, num_partitions: int, scheme: str, seed: int) -> list[np.ndarray]:
+    """Split a data set that every device has in full into disjoint parts.
+
+    Args:
+        labels: the class of each example, (N,).
+        scheme: "iid", or "dirichlet:ALPHA" for skewed classes: each part draws its own
+            mix of classes from Dirichlet(ALPHA * p), p being the mix of the whole, and
+            takes an equal share of the examples by that mix (Hsu et al. 2019,
+            arXiv:1909.06335). Small ALPHA: nearly one class a part; large: nearly iid.
+        seed: the same seed gives the same parts on every machine.
+
+    Returns:
+        Sorted indices into `labels`, one array a part; sizes differ by 1 at most, and
+        together they cover every example once.
+    """
+    kind, alpha = parse_partition(scheme)
+    rng = np.random.default_rng(seed)
+    sizes = [len(part) for part in np.array_split(np.empty(len(labels)), num_partitions)]
+    if kind == "iid":
+        order = rng.permutation(len(labels))
+        return [np.sort(part) for part in np.split(order, np.cumsum(sizes)[:-1])]
+
+    classes = np.unique(labels)
+    pools = [rng.permutation(np.flatnonzero(labels == c)) for c in classes]
+    left = np.array([len(pool) for pool in pools])
+    prior = left / left.sum()
+    parts = []
+    for size in sizes:
+        mix = rng.dirichlet(alpha * prior)
+        taken = np.zeros_like(left)
+        while (missing := size - taken.sum()) > 0:
+            open_mix = np.where(left > taken, mix, 0)
+            if open_mix.sum() == 0:  # the classes that this part likes are used up
+                open_mix = (left - taken).astype(float)
+            draw = rng.multinomial(missing, open_mix / open_mix.sum())
+            taken += np.minimum(draw, left - taken)
+        parts.append(
+            np.sort(
+                np.concatenate(
+                    [pool[n - t : n] for pool, n, t in zip(pools, left, taken, strict=True)]
+                )
+            )
+        )
+        left -= taken
+    return parts
+
+
+def parse_partition(scheme: str) -> tuple[str, float]:
+    """Return ("iid", 0), ("none", 0) or ("dirichlet", ALPHA) for `scheme`."""
+    kind, _, value = scheme.partition(":")
+    if kind in ("iid", "none") and not value:
+        return kind, 0.0
+    if kind == "dirichlet":
+        with contextlib.suppress(ValueError):
+            if 0 < (alpha := float(value)) < float("inf"):
+                return kind, alpha
+    raise TaskError(f"no partition '{scheme}'; say iid, none or dirichlet:0.5 (any number above 0)")
+
+
+# --- Batches, training, evaluation ----------------------------------------------------
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Turn uint8 images (N, 3, H, W) into floats with mean 0 and deviation 1 a channel."""
+    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1) * 255
+    scale = 1 / (torch.tensor(STD, device=images.device).view(1, 3, 1, 1) * 255)
+    return images.float().sub_(mean).mul_(scale)
+
+
+class TrainLoader:
+    """Shuffled batches of normalised floats, each image flipped left-right by a coin.
+
+    Does what a DataLoader with ToTensor, RandomHorizontalFlip and Normalize does, but a
+    batch at a time on images that are decoded already. The last partial batch is dropped.
+    """
+
+    def __init__(
+        self, data: ImageSet, batch_size: int, seed: int = 0, device: str = "cpu", flip: bool = True
+    ) -> None:
+        if len(data) < batch_size:
+            raise TaskError(
+                f"{len(data)} images do not fill a batch of {batch_size}; lower --batch_size"
+            )
+        self.images, self.labels = data.images.to(device), data.labels.to(device)
+        self.batch_size = batch_size
+        self.flip = flip
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.labels) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.labels), generator=self.generator)
+        coins = torch.rand(len(self.labels), generator=self.generator) < 0.5
+        for i in range(len(self)):
+            chosen = slice(i * self.batch_size, (i + 1) * self.batch_size)
+            images = self.images[order[chosen]]
+            if self.flip:
+                mirrored = coins[chosen].to(images.device)
+                images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+            yield normalise(images), self.labels[order[chosen]]
+
+
+def train(
+    net: nn.Module,
+    trainloader: TrainLoader,
+    epochs: int = 1,
+    lr: float = 0.02,
+    lr_end: float | None = None,
+    momentum: float = 0.9,
+    proximal_mu: float = 0.0,
+    device: str = "cpu",
+    log: Callable[[str], None] = print,
+) -> float:
+    """Train `net` in place with Nesterov SGD; return the mean loss of the last epoch.
+
+    Args:
+        lr, lr_end: the learning rate falls linearly from `lr` to `lr_end` over all the
+            steps of this call (constant without `lr_end`); the server lowers both from
+            round to round.
+        proximal_mu: weight of FedProx's term mu/2 * ||w - w_global||^2, w_global being
+            the weights that came in (Li et al. 2018, arXiv:1812.06127).
+    """
+    net.to(device).train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, nesterov=momentum > 0)
+    lr_end = lr if lr_end is None else lr_end
+    global_weights = [p.detach().clone() for p in net.parameters()] if proximal_mu else []
+    steps = epochs * len(trainloader)
+    step = 0
+    log(f"Training {epochs} epoch(s) w/ {len(trainloader)} batches each")
+    for _ in range(epochs):
+        start = time.perf_counter()
+        total_loss = torch.zeros((), device=device)
+        for images, labels in trainloader:
+            optimizer.param_groups[0]["lr"] = lr + (lr_end - lr) * step / steps
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(images), labels)
+            loss.backward()
+            if proximal_mu:  # the gradient of the term, written out
+                for p, w in zip(net.parameters(), global_weights, strict=True):
+                    p.grad.add_(p.detach() - w, alpha=proximal_mu)
+            optimizer.step()
+            total_loss += loss.detach()
+            step += 1
+        log(f"Epoch took: {time.perf_counter() - start:.2f} seconds")
+    return float(total_loss) / len(trainloader)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy and accuracy (0 to 1) over a data set, and per class.
+
+    A class without images has NaN for both.
+    """
+
+    loss: float
+    accuracy: float
+    class_loss: list[float]
+    class_accuracy: list[float]
+
+
+@torch.inference_mode()
+def test(net: nn.Module, data: ImageSet, device: str = "cpu", batch_size: int = 500) -> Evaluation:
+    """Evaluate `net` on all of `data`."""
+    net.to(device).eval()
+    losses, correct = [], []
+    for images, labels in zip(
+        data.images.split(batch_size), data.labels.split(batch_size), strict=True
+    ):
+        scores = net(normalise(images.to(device)))
+        labels = labels.to(device)
+        losses.append(F.cross_entropy(scores, labels, reduction="none").cpu())
+        correct.append((scores.argmax(1) == labels).float().cpu())
+    loss, hit = torch.cat(losses).double(), torch.cat(correct).double()
+    of_class = [data.labels == c for c in range(len(data.classes))]
+    return Evaluation(
+        loss=loss.mean().item(),
+        accuracy=hit.mean().item(),
+        class_loss=[loss[mask].mean().item() for mask in of_class],
+        class_accuracy=[hit[mask].mean().item() for mask in of_class],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="fetch CIFAR-10 if it is not there, and list the models"
+    )
+    parser.add_argument("--data_dir", "--data-dir", default="data", help="where to (default: data)")
+    args = parser.parse_args()
+    try:
+        data = load_data(args.data_dir, "train", download=True)
+    except TaskError as error:
+        sys.exit(f"utils.py: {error}")
+    print(f"{data.source}: {len(data):,} training images of {len(data.classes)} classes")
+    for name in MODELS:
+        weights = get_weights(build_model(name, len(data.classes)))
+        print(
+            f"{name}: {sum(w.size for w in weights):,} numbers, {sum(w.nbytes for w in weights):,} bytes"
+        )
+
+
+if __name__ == "__main__":
+    main()
