@@ -8,13 +8,16 @@ its name. To fetch CIFAR-10 ahead of a run, and to see what each model weighs:
 
 import argparse
 import contextlib
+import io
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +33,15 @@ MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
 
+LR = 0.02  # at the start of a run; falls to 0 over it
+
+
 class TaskError(Exception):
     """A model, a data set or a setting that cannot work; the message says what to do."""
+
+
+class DownloadError(TaskError):
+    """CIFAR-10 could not be downloaded."""
 
 
 # --- Models ---------------------------------------------------------------------------
@@ -89,6 +99,13 @@ def build_model(name: str, num_classes: int = 10, seed: int = 0) -> nn.Module:
         return MODELS[name](num_classes)
 
 
+def image_size(name: str) -> int:
+    """Return how many pixels a side the model `name` wants its images to have."""
+    if name not in MODELS:
+        raise TaskError(f"no model '{name}'; utils.MODELS has {', '.join(MODELS)}")
+    return getattr(MODELS[name], "image_size", IMAGE_SIZE)
+
+
 def get_weights(net: nn.Module) -> list[np.ndarray]:
     """Return copies of all parameters and buffers, in the order of `state_dict()`."""
     return [value.detach().cpu().numpy().copy() for value in net.state_dict().values()]
@@ -143,54 +160,107 @@ def load_data(
 
     Raises:
         TaskError: nothing usable is there.
+        DownloadError: CIFAR-10 is not there and could not be downloaded.
     """
     if str(data_dir).split(":")[0] == "synthetic":
         return _synthetic(str(data_dir), split, image_size)
-    data_dir = Path(data_dir)
+    data_dir = Path(data_dir).expanduser()
     if (data_dir / "train").is_dir() or (data_dir / "test").is_dir():
         return _image_folder(data_dir, split, image_size)
     if image_size != IMAGE_SIZE:
-        raise TaskError(f"CIFAR-10 has 32x32 images, the model wants {image_size}x{image_size}")
-    return _cifar10(data_dir, split, download)
+        raise TaskError(
+            f"CIFAR-10 has 32x32 images, the model wants {image_size}x{image_size}; "
+            "choose another --model or a --data_dir with your own images"
+        )
+    if download:
+        with _one_at_a_time(data_dir):
+            try:
+                return _cifar10(data_dir, split)
+            except TaskError:  # not there, or damaged
+                _fetch_cifar10(data_dir)
+    return _cifar10(data_dir, split)
 
 
-def _cifar10(data_dir: Path, split: str, download: bool) -> ImageSet:
-    if not download:
-        what = "is empty" if data_dir.is_dir() else "does not exist"
-        if data_dir.is_dir() and any(data_dir.iterdir()):
+def _cifar10(data_dir: Path, split: str) -> ImageSet:
+    if not (data_dir / "cifar-10-batches-py").is_dir():
+        if not data_dir.exists():
+            what = "does not exist"
+        elif not data_dir.is_dir():
+            what = "is not a directory"
+        elif not any(data_dir.iterdir()):
+            what = "is empty"
+        else:
             what = "has neither CIFAR-10 nor folders train/<class>, test/<class>"
-        if not (data_dir / "cifar-10-batches-py").is_dir():
-            raise TaskError(
-                f"data directory '{data_dir}' {what}; put your images there, or fetch "
-                f"CIFAR-10 with: python utils.py --data_dir {data_dir}"
-            )
-    import torchvision  # here, because it costs a Raspberry Pi 70 MB and more
+        raise TaskError(
+            f"data directory '{data_dir}' {what}; put your images there, or fetch "
+            f"CIFAR-10 with: python utils.py --data_dir {data_dir}"
+        )
+    from torchvision.datasets import CIFAR10  # here, because it costs a Raspberry Pi 70 MB and more
 
     try:
-        if download:
-            data_dir.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(data_dir) if download else contextlib.nullcontext():
-            # torchvision checks the MD5 sums of the archive and of every file in it.
-            cifar = torchvision.datasets.CIFAR10(data_dir, split == "train", download=download)
-    except OSError as error:  # URLError and HTTPError are OSErrors
-        raise TaskError(f"cannot fetch CIFAR-10 into '{data_dir}': {error}") from error
-    except RuntimeError as error:  # torchvision's answer to a wrong checksum
+        cifar = CIFAR10(data_dir, split == "train")
+    except RuntimeError as error:  # the MD5 sum of one of the files is wrong
         raise TaskError(
             f"CIFAR-10 in '{data_dir}' is damaged or incomplete; fetch it again with: "
             f"python utils.py --data_dir {data_dir}"
         ) from error
-    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)  # as it lies in memory: no copy
     return ImageSet(images, torch.tensor(cifar.targets), list(cifar.classes), "CIFAR-10")
+
+
+def _fetch_cifar10(data_dir: Path) -> None:
+    """Download the archive, unless it is there whole, and unpack it."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import download_url, extract_archive
+
+    archive = data_dir / CIFAR10.filename
+    progress = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    old_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # torchvision waits for ever for a server that falls silent
+    try:
+        with contextlib.redirect_stderr(progress):
+            download_url(CIFAR10.url, data_dir, CIFAR10.filename, CIFAR10.tgz_md5)
+    except (OSError, HTTPException, RuntimeError) as error:
+        archive.unlink(missing_ok=True)  # only a part, or not what it should be
+        reason = getattr(error, "reason", error)
+        if isinstance(error, RuntimeError):
+            reason = "what came is incomplete or altered (wrong MD5 sum)"
+        raise DownloadError(
+            f"cannot download CIFAR-10 from {CIFAR10.url} into '{data_dir}': {reason}; check the "
+            "Internet connection, or use your own images or --data_dir synthetic"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(old_timeout)
+    try:
+        extract_archive(archive, data_dir)
+    except OSError as error:
+        raise TaskError(f"cannot unpack '{archive}': {error}; it takes 180 MB") from error
 
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let one process at a time fill `folder`; the others wait and find it filled."""
+    """Let one process at a time fill `folder`; the others wait and find it filled.
+
+    The folder is made if need be, and removed again if nothing came into it.
+    """
     import fcntl
 
-    with open(folder / ".lock", "w") as lock:
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise TaskError(
+            f"cannot make data directory '{folder}': {error.strerror}; choose another --data_dir"
+        ) from error
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
+        for path in made:
+            with contextlib.suppress(OSError):  # something came into it
+                path.rmdir()
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -517,20 +587,28 @@ def test(net: nn.Module, data: ImageSet, device: str = "cpu", batch_size: int = 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="fetch CIFAR-10 if it is not there, and list the models"
+        description="fetch CIFAR-10 if it is not there, and list the data and the models"
     )
-    parser.add_argument("--data_dir", "--data-dir", default="data", help="where to (default: data)")
+    parser.add_argument(
+        "--data_dir",
+        "--data-dir",
+        default="data",
+        help="where to, or a folder with train/<class>/* and test/<class>/* (default: data)",
+    )
     args = parser.parse_args()
+    # A device may have images to train on alone, the server some to test on alone.
+    folders = [split for split in ("train", "test") if Path(args.data_dir, split).is_dir()]
     try:
-        data = load_data(args.data_dir, "train", download=True)
+        for split in folders or ["train", "test"]:
+            data = load_data(args.data_dir, split, download=True)
+            print(f"{data.source}: {len(data):,} {split} images of {len(data.classes)} classes")
     except TaskError as error:
-        sys.exit(f"utils.py: {error}")
-    print(f"{data.source}: {len(data):,} training images of {len(data.classes)} classes")
+        print(f"utils.py: {error}", file=sys.stderr)
+        sys.exit(3 if isinstance(error, DownloadError) else 1)
     for name in MODELS:
         weights = get_weights(build_model(name, len(data.classes)))
-        print(
-            f"{name}: {sum(w.size for w in weights):,} numbers, {sum(w.nbytes for w in weights):,} bytes"
-        )
+        numbers, size = sum(w.size for w in weights), sum(w.nbytes for w in weights)
+        print(f"{name}: {numbers:,} numbers, {size:,} bytes")
 
 
 if __name__ == "__main__":
