@@ -1,0 +1,217 @@
+"""The device's side: train on the images that stay here, send back the weights.
+
+    python client.py --server_address 192.168.1.20:8080 --cid 0 --model Net
+
+Waits for the server, comes back when the connection breaks, ends when the run is over.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from flwr.client import NumPyClient
+
+import utils
+from plumbing.addresses import parse_address
+from plumbing.board import describe_board
+from plumbing.errors import FederationError
+from plumbing.settings import Settings
+from plumbing.transport import serve
+
+ROOT = Path(__file__).resolve().parent
+
+
+class Client(NumPyClient):
+    """Answers the server's requests with what this device has."""
+
+    def __init__(
+        self, cid: str, model: str, data: utils.ImageSet, data_dir: str | Path, device: str
+    ) -> None:
+        self.cid = cid
+        self.model = model
+        self.data = data  # all the images here; `_trainset` is this device's part of them
+        self.data_dir = data_dir
+        self.device = device
+        self.net = utils.build_model(model, len(data.classes))
+        self.part: tuple[Any, utils.ImageSet] = (None, data)
+
+    def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Say what this device is, and what it will train on or why it cannot."""
+        properties = {
+            "cid": self.cid,
+            "model": self.model,
+            "classes": json.dumps(self.data.classes),
+            "source": self.data.source,
+            "device": self.device,
+            **describe_board(),
+        }
+        settings = self._settings(config)
+        try:
+            trainset = self._trainset(settings)
+            utils.TrainLoader(trainset, settings.batch_size)
+        except utils.TaskError as error:
+            return {**properties, "problem": str(error)}
+        return {**properties, "images": len(trainset)}
+
+    def get_parameters(self, config: dict[str, Any]) -> list[np.ndarray]:
+        """Return the weights as they are here; a stock Flower server starts from them."""
+        return utils.get_weights(self.net)
+
+    def fit(
+        self, parameters: list[np.ndarray], config: dict[str, Any]
+    ) -> tuple[list[np.ndarray], int, dict[str, Any]]:
+        """Train on this device's images, from the global weights on."""
+        print(f"Client {self.cid}: fit")
+        start = time.perf_counter()
+        settings = self._settings(config)
+        trainset = self._trainset(settings)
+        # Another order of images in each round and on each device, the same in a rerun.
+        seed = zlib.crc32(f"{settings.seed} {self.cid} {settings.server_round}".encode())
+        trainloader = utils.TrainLoader(trainset, settings.batch_size, seed, self.device)
+        self._set_weights(parameters)
+        loss = utils.train(
+            self.net,
+            trainloader,
+            epochs=settings.epochs,
+            lr=settings.lr,
+            lr_end=settings.lr_end,
+            momentum=settings.momentum,
+            proximal_mu=settings.proximal_mu,
+            device=self.device,
+        )
+        num_examples = len(trainloader) * settings.batch_size  # the partial batch is dropped
+        metrics = {"loss": loss, "seconds": time.perf_counter() - start}
+        return utils.get_weights(self.net), num_examples, metrics
+
+    def evaluate(
+        self, parameters: list[np.ndarray], config: dict[str, Any]
+    ) -> tuple[float, int, dict[str, Any]]:
+        """Evaluate the global weights on this device's test images."""
+        print(f"Client {self.cid}: evaluate")
+        testset = utils.load_data(self.data_dir, "test", utils.image_size(self.model))
+        self._set_weights(parameters)
+        result = utils.test(self.net, testset, self.device)
+        return result.loss, len(testset), {"accuracy": result.accuracy}
+
+    def _settings(self, config: dict[str, Any]) -> Settings:
+        return Settings.from_config(config, default_lr=utils.LR)
+
+    def _set_weights(self, weights: list[np.ndarray]) -> None:
+        try:
+            utils.set_weights(self.net, weights)
+        except utils.TaskError as error:
+            raise utils.TaskError(
+                f"the server's weights do not fit {self.model} ({error}); "
+                "start both sides with the same --model"
+            ) from None
+
+    def _trainset(self, settings: Settings) -> utils.ImageSet:
+        """Return this device's part of the images."""
+        key = (settings.partition, settings.num_partitions, settings.seed)
+        if self.part[0] != key:
+            self.part = (key, self._cut(*key))
+        return self.part[1]
+
+    def _cut(self, scheme: str, num_partitions: int, seed: int) -> utils.ImageSet:
+        if scheme == "none":
+            return self.data
+        if not (self.cid.isascii() and self.cid.isdigit() and int(self.cid) < num_partitions):
+            raise utils.TaskError(
+                f"--cid {self.cid} is none of the server's {num_partitions} partitions "
+                f"(0 to {num_partitions - 1}); give each device its own, "
+                "or start the server with --partition none"
+            )
+        labels = self.data.labels.numpy()
+        return self.data.subset(
+            utils.partition(labels, num_partitions, scheme, seed)[int(self.cid)]
+        )
+
+
+def choose_device(wanted: str) -> str:
+    """Return "cpu" or "cuda" for --device."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise utils.TaskError("--device cuda: torch finds no CUDA GPU here; say auto or cpu")
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def add(name: str, **kwargs: Any) -> None:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, **kwargs)
+
+    add("server_address", required=True, metavar="HOST:PORT", help="where server.py runs")
+    add("cid", required=True, help="this device's name; 0, 1, … where the data set is partitioned")
+    add("model", default="Net", help="a name from utils.MODELS, the server's (default: Net)")
+    add(
+        "data_dir",
+        metavar="DIR",
+        help="CIFAR-10, or train/<class>/*; or synthetic (default: data/)",
+    )
+    add(
+        "device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="where to train (default: auto)",
+    )
+    add("threads", type=int, metavar="N", help="processor threads (default: one a core)")
+    add(
+        "max_wait_seconds",
+        type=float,
+        metavar="S",
+        help="give up after S s without server (default: never)",
+    )
+    return parser.parse_args()
+
+
+def terminate(*_: object) -> NoReturn:
+    """End as if by Ctrl-C, but with the exit code that a shell gives to SIGTERM."""
+    sys.exit(128 + signal.SIGTERM)
+
+
+def main() -> None:
+    args = parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log shows each line at once
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        parse_address(args.server_address)
+        if args.threads is not None:
+            if args.threads < 1:
+                raise utils.TaskError(f"--threads {args.threads} is below 1")
+            torch.set_num_threads(args.threads)
+        device = choose_device(args.device)
+        data_dir = args.data_dir or ROOT / "data"
+        data = utils.load_data(
+            data_dir, "train", utils.image_size(args.model), download=args.data_dir is None
+        )
+        client = Client(args.cid, args.model, data, data_dir, device)
+        print(f"Client {args.cid}: {args.model} on {device}, {len(data):,} {data.source}")
+        serve(
+            args.server_address,
+            client,
+            on_connected=lambda: print(f"Client {args.cid}: connected to {args.server_address}"),
+            max_wait_seconds=args.max_wait_seconds,
+        )
+        print(f"Client {args.cid}: the server is done, shutting down")
+    except (FederationError, utils.TaskError) as error:
+        sys.exit(f"client.py: {error}")
+    except KeyboardInterrupt:
+        print(f"Client {args.cid}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Server addresses as people type them: 192.168.1.10:8080, [fe80::1]:8080, laptop.local:8080."""
+
+import errno
+import ipaddress
+import socket
+
+from plumbing.errors import FederationError
+
+
+class UnknownHost(FederationError):
+    """A host name without an address; `may_pass` if that may be for want of a network."""
+
+    def __init__(self, message: str, may_pass: bool) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Split HOST:PORT, an IPv6 host in brackets.
+
+    Raises:
+        FederationError: it is not of that form.
+    """
+    host, colon, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if bracketed:
+        host = host[1:-1]
+    if (
+        not colon
+        or not host
+        or any(c.isspace() or c in "/[]" for c in host)
+        or (":" in host) != bracketed
+        or not (port.isascii() and port.isdigit() and int(port) <= 65535)
+    ):
+        raise FederationError(
+            f"server address '{address}' is not HOST:PORT; "
+            "say 192.168.1.20:8080, laptop.local:8080 or [fe80::1]:8080"
+        )
+    return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """Return HOST:PORT, with brackets around an IPv6 host."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def resolve(address: str) -> list[tuple[str, int]]:
+    """Return the numeric addresses that HOST:PORT stands for, in the system's order.
+
+    Raises:
+        FederationError: not of that form.
+        UnknownHost: no such host, or nobody to ask.
+    """
+    host, port = parse_address(address)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        raise UnknownHost(
+            f"cannot find the host '{host}' of server address '{address}'; "
+            "check its spelling and the network, or use the IP address",
+            may_pass=isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN,
+        ) from error
+    return list(dict.fromkeys((str(info[4][0]), port) for info in found))
+
+
+def listening_addresses(address: str) -> list[tuple[str, int]]:
+    """Return the numeric addresses of this machine that a server at `address` can take.
+
+    gRPC says only that it could not bind; a trial with a plain socket tells why.
+
+    Raises:
+        FederationError: none can be taken; the message says why.
+    """
+    usable = []
+    for host, port in resolve(address):
+        try:
+            with socket.create_server((host, port), family=_family(host)):
+                usable.append((host, port))
+        except OSError as error:
+            problem = error.errno or 0
+    if usable:
+        return usable
+    if problem == errno.EADDRINUSE:
+        raise FederationError(
+            f"port {port} of '{address}' is in use; stop the other server, "
+            "or choose another port with --server_address"
+        )
+    if problem == errno.EACCES:
+        raise FederationError(
+            f"port {port} of '{address}' is for root alone; choose one from 1024 to 65535"
+        )
+    if problem == errno.EADDRNOTAVAIL:
+        raise FederationError(
+            f"'{host}' is not an address of this machine; "
+            f"say 0.0.0.0:{port} to listen on all that it has"
+        )
+    raise FederationError(f"cannot listen at '{address}': {errno.errorcode.get(problem, problem)}")
+
+
+def reachable_address(host: str, port: int) -> str:
+    """Return the address to type on a device for a server that listens at `host`.
+
+    For "all addresses" (0.0.0.0, ::) that is the one this machine uses towards its network.
+    """
+    if ipaddress.ip_address(host).is_unspecified:
+        # Connecting a datagram socket sends nothing; it only asks the routing table.
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(("192.0.2.1", 9))  # TEST-NET-1, RFC 5737
+                host = probe.getsockname()[0]
+            except OSError:
+                host = "127.0.0.1"
+    return join_address(host, port)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -1,0 +1,56 @@
+"""report.png: a run at a glance."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> None:
+    """Draw accuracy, loss, and seconds a device, by round.
+
+    Args:
+        rounds: the lines of metrics.jsonl.
+    """
+    from matplotlib.figure import Figure  # here: it takes half a second that a run can do without
+    from matplotlib.ticker import MaxNLocator
+
+    numbers = [metrics["server_round"] for metrics in rounds]
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure.suptitle(title)
+    accuracy, loss, seconds = figure.subplots(1, 3)
+
+    accuracy.plot(numbers, [100 * metrics["accuracy"] for metrics in rounds], "o-")
+    accuracy.set(title="Test accuracy", ylabel="%", ylim=(0, 100))
+    for metrics in rounds[-1:]:
+        accuracy.annotate(
+            f"{100 * metrics['accuracy']:.1f} %",
+            (metrics["server_round"], 100 * metrics["accuracy"]),
+            textcoords="offset points",
+            xytext=(0, 8),
+            ha="center",
+        )
+    loss.plot(numbers, [metrics["loss"] for metrics in rounds], "o-", color="tab:red")
+    loss.set(title="Test loss", ylabel="cross-entropy")
+    loss.set_ylim(bottom=0)
+
+    names = sorted({device["name"] for metrics in rounds for device in metrics["devices"]})
+    for name in names:
+        points = [
+            (metrics["server_round"], device["seconds"])
+            for metrics in rounds
+            for device in metrics["devices"]
+            if device["name"] == name
+        ]
+        label = name if len(names) <= 10 else None  # a legend of hundreds hides the picture
+        seconds.plot(*zip(*points, strict=True), "o-", label=label, alpha=0.7)
+    seconds.plot(numbers, [metrics["seconds"] for metrics in rounds], "k--", label="whole round")
+    seconds.set(title="Time", ylabel="seconds")
+    seconds.set_ylim(bottom=0)
+    seconds.legend()
+
+    for axes in (accuracy, loss, seconds):
+        axes.set_xlabel("round")
+        axes.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

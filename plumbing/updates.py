@@ -1,0 +1,53 @@
+"""What a reply must be before it may touch the global model."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from plumbing.errors import BadReply
+
+MAX_EXAMPLES = 100_000_000  # more images than any board holds
+
+
+def check_update(
+    weights: Sequence[np.ndarray],
+    num_examples: int,
+    global_weights: Sequence[np.ndarray],
+    names: Sequence[str],
+) -> None:
+    """Compare an update with the model that it must fit.
+
+    Args:
+        names: the name of each array of `global_weights`.
+
+    Raises:
+        BadReply: another number, shape or type of arrays, a value that is not finite,
+            or a `num_examples` that cannot be.
+    """
+    if len(weights) != len(global_weights):
+        raise BadReply(f"{len(weights)} arrays for a model that has {len(global_weights)}")
+    for name, update, current in zip(names, weights, global_weights, strict=True):
+        if update.shape != current.shape or update.dtype != current.dtype:
+            raise BadReply(
+                f"{name} is {update.dtype} {update.shape}, not {current.dtype} {current.shape}"
+            )
+        if update.dtype.kind == "f" and not (finite := np.isfinite(update)).all():
+            raise BadReply(f"{name} has {update.size - np.count_nonzero(finite)} non-finite values")
+    if not 0 < num_examples <= MAX_EXAMPLES:
+        raise BadReply(f"trained on {num_examples} examples")
+
+
+def clean_metrics(metrics: Mapping[str, Any]) -> dict[str, float | int | str]:
+    """Keep of a device's metrics what can go into a table: finite numbers, short strings."""
+    kept: dict[str, float | int | str] = {}
+    for name, value in list(metrics.items())[:100]:
+        if len(name) > 100 or not isinstance(value, float | int | str):
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            continue
+        if isinstance(value, str) and (len(value) > 1000 or not value.isprintable()):
+            continue
+        kept[name] = value
+    return kept

@@ -1,0 +1,233 @@
+"""Flower's messages to and from bytes, with few copies of the weights.
+
+flwr's own way from arrays to bytes nests one message in another, which copies the
+weights at each level (85 ms a level for ResNet18's 44.7 MB on a 2-core x86-64 machine).
+Here each message is built in place, and arrays are read as views of the bytes received.
+The bytes are the same: either end may be a stock Flower one.
+"""
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from flwr.common import serde
+from flwr.proto.transport_pb2 import ClientMessage, Code, Parameters, Reason, ServerMessage
+from google.protobuf.message import DecodeError
+
+from plumbing.errors import BadReply, FederationError
+
+Weights = Sequence[np.ndarray]
+Scalars = dict[str, Any]  # Flower's config, properties and metrics: bool, bytes, float, int, str
+
+TENSOR_TYPE = "numpy.ndarray"
+
+
+# --- Arrays, in NumPy's .npy format ---------------------------------------------------
+
+
+def pack_array(array: np.ndarray) -> bytes:
+    """Return `array` as the contents of an .npy file."""
+    return _npy_header(array.dtype, array.shape) + array.tobytes()
+
+
+def unpack_array(data: bytes) -> np.ndarray:
+    """Return the array in an .npy file's contents, as a read-only view of `data`.
+
+    Raises:
+        BadReply: `data` is no .npy file, or one of Python objects (never unpickled).
+    """
+    # Bytes 8 and 9 of format 1.0, the one for headers under 64 KiB, hold their length.
+    start = 10 + int.from_bytes(data[8:10], "little")
+    if start > 1024:
+        raise BadReply(f"an array's header takes {start} bytes")
+    dtype, shape, order = _read_npy_header(data[:start])
+    count = math.prod(shape)
+    if len(data) - start != count * dtype.itemsize:
+        raise BadReply(f"{len(data) - start} bytes for an array of shape {shape}, {dtype}")
+    return np.frombuffer(data, dtype, count, start).reshape(shape, order=order)
+
+
+@lru_cache(maxsize=1024)
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer,
+        {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape},
+    )
+    return buffer.getvalue()
+
+
+@lru_cache(maxsize=1024)
+def _read_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], Any]:
+    try:
+        stream = io.BytesIO(header)
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("not .npy format 1.0")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:  # bytes from anyone: NumPy's parser may raise nearly anything
+        raise BadReply(f"an array that cannot be read ({error})") from None
+    if dtype.hasobject or dtype.itemsize == 0 or any(n < 0 for n in shape):
+        raise BadReply(f"an array of shape {shape} and type {dtype}")
+    return dtype, shape, "F" if fortran_order else "C"
+
+
+# --- The server's messages ------------------------------------------------------------
+
+
+def encode_get_properties(config: Mapping[str, Any]) -> bytes:
+    """Ask a device what it is; `config` holds the settings that it needs to say so."""
+    message = ServerMessage()
+    _fill_scalars(message.get_properties_ins.config, config)
+    message.get_properties_ins.SetInParent()
+    return message.SerializeToString()
+
+
+def encode_fit(tensors: Iterable[bytes], config: Mapping[str, Any]) -> bytes:
+    """Ask a device to train from the packed arrays `tensors` with the settings `config`."""
+    message = ServerMessage()
+    _fill_tensors(message.fit_ins.parameters, tensors)
+    _fill_scalars(message.fit_ins.config, config)
+    return message.SerializeToString()
+
+
+def encode_done() -> bytes:
+    """Tell a device that the run is over."""
+    message = ServerMessage()
+    message.reconnect_ins.SetInParent()
+    return message.SerializeToString()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the server asks of a device."""
+
+    kind: str  # get_properties, get_parameters, fit, evaluate or reconnect
+    config: Scalars
+    weights: Weights = ()
+    reconnect_seconds: int = 0  # 0: never again
+
+
+def decode_request(data: bytes) -> Request:
+    """Read a server's message.
+
+    Raises:
+        FederationError: it is none that this client knows.
+    """
+    try:
+        message = ServerMessage.FromString(data)
+        kind = message.WhichOneof("msg") or "nothing"
+        instruction: Any = getattr(message, kind, None)
+        if kind == "reconnect_ins":
+            return Request("reconnect", {}, reconnect_seconds=instruction.seconds)
+        if kind in ("get_properties_ins", "get_parameters_ins"):
+            return Request(kind.removesuffix("_ins"), _scalars(instruction.config))
+        if kind in ("fit_ins", "evaluate_ins"):
+            weights = [unpack_array(tensor) for tensor in instruction.parameters.tensors]
+            return Request(kind.removesuffix("_ins"), _scalars(instruction.config), weights)
+    except (DecodeError, BadReply) as error:
+        raise FederationError(f"the server sent what cannot be read: {error}") from error
+    raise FederationError(f"the server asks for '{kind}', which this client does not know")
+
+
+# --- The device's replies -------------------------------------------------------------
+
+
+def encode_properties_reply(properties: Mapping[str, Any]) -> bytes:
+    """Say what this device is."""
+    message = ClientMessage()
+    message.get_properties_res.status.code = Code.OK
+    _fill_scalars(message.get_properties_res.properties, properties)
+    return message.SerializeToString()
+
+
+def encode_parameters_reply(weights: Weights) -> bytes:
+    """Hand over the model's weights."""
+    message = ClientMessage()
+    message.get_parameters_res.status.code = Code.OK
+    _fill_tensors(message.get_parameters_res.parameters, map(pack_array, weights))
+    return message.SerializeToString()
+
+
+def encode_fit_reply(weights: Weights, num_examples: int, metrics: Mapping[str, Any]) -> bytes:
+    """Hand over the weights after local training."""
+    message = ClientMessage()
+    message.fit_res.status.code = Code.OK
+    message.fit_res.num_examples = num_examples
+    _fill_tensors(message.fit_res.parameters, map(pack_array, weights))
+    _fill_scalars(message.fit_res.metrics, metrics)
+    return message.SerializeToString()
+
+
+def encode_evaluate_reply(loss: float, num_examples: int, metrics: Mapping[str, Any]) -> bytes:
+    """Hand over the result of a local evaluation."""
+    message = ClientMessage()
+    message.evaluate_res.status.code = Code.OK
+    message.evaluate_res.loss = loss
+    message.evaluate_res.num_examples = num_examples
+    _fill_scalars(message.evaluate_res.metrics, metrics)
+    return message.SerializeToString()
+
+
+def encode_done_reply(will_reconnect: bool) -> bytes:
+    """Confirm that this device goes."""
+    message = ClientMessage()
+    message.disconnect_res.reason = Reason.RECONNECT if will_reconnect else Reason.ACK
+    return message.SerializeToString()
+
+
+def decode_properties_reply(data: bytes) -> Scalars | None:
+    """Return what the device says of itself; None from a client that says nothing.
+
+    Raises:
+        BadReply: the bytes are another message, or none.
+    """
+    reply = _open_reply(data, "get_properties_res")
+    if reply.status.code == Code.GET_PROPERTIES_NOT_IMPLEMENTED:
+        return None
+    return _scalars(reply.properties)
+
+
+def decode_fit_reply(data: bytes) -> tuple[list[np.ndarray], int, Scalars]:
+    """Return (weights, num_examples, metrics) of a reply to `encode_fit`.
+
+    Raises:
+        BadReply: the bytes are another message, or none; or the device could not train.
+    """
+    reply = _open_reply(data, "fit_res")
+    if reply.status.code != Code.OK:
+        raise BadReply(f"could not train: {reply.status.message or reply.status.code}")
+    weights = [unpack_array(tensor) for tensor in reply.parameters.tensors]
+    return weights, reply.num_examples, _scalars(reply.metrics)
+
+
+def _open_reply(data: bytes, expected: str) -> Any:
+    try:
+        message = ClientMessage.FromString(data)
+    except DecodeError:
+        raise BadReply(f"{len(data)} bytes that are no Flower message") from None
+    kind = message.WhichOneof("msg")
+    if kind != expected:
+        raise BadReply(f"a message of type {kind}, not {expected}")
+    return getattr(message, expected)
+
+
+# --- Parts of messages ----------------------------------------------------------------
+
+
+def _fill_tensors(parameters: Parameters, tensors: Iterable[bytes]) -> None:
+    parameters.tensors.extend(tensors)
+    parameters.tensor_type = TENSOR_TYPE
+
+
+def _fill_scalars(field: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        field[name].CopyFrom(serde.scalar_to_proto(value))
+
+
+def _scalars(field: Any) -> Scalars:
+    kinds = {name: scalar.WhichOneof("scalar") for name, scalar in field.items()}
+    return {name: getattr(field[name], kind) for name, kind in kinds.items() if kind}

@@ -1,0 +1,490 @@
+"""The laptop's side: FedAvg, or another strategy, over the devices that connect.
+
+    python server.py --server_address 0.0.0.0:8080 --rounds 3 --model Net
+
+Waits for the devices (client.py, run_pi.sh, run_jetson.sh), trains for so many rounds,
+evaluates on the test set after each, and leaves the model in runs/.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import platform
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import flwr
+import flwr.server.strategy
+import numpy as np
+import torch
+from flwr.common import Code, FitRes, Parameters, Status
+from flwr.server.strategy import FedAvg
+
+import utils
+from plumbing import wire
+from plumbing.addresses import listening_addresses
+from plumbing.checkpoints import RunDirectory, load_weights
+from plumbing.errors import BadReply, FederationError
+from plumbing.fleet import Device, Fleet
+from plumbing.report import draw_report
+from plumbing.settings import Settings
+from plumbing.updates import check_update, clean_metrics
+
+ROOT = Path(__file__).resolve().parent
+MOMENTUM = 0.9
+ROUND_TRIES = 3  # how often a round without any valid reply is tried
+
+# Flower's strategies that take plain weights, with the settings in which ours differ
+# from Flower's defaults. Set others on the command line: --strategy FedAdam:eta=0.02
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "FedAvg": {},
+    "FedProx": {"proximal_mu": 0.01},  # Flower has no default
+    # Flower's default, no momentum, is FedAvg.
+    "FedAvgM": {"server_momentum": 0.5},
+    # Flower's eta of 0.1 moves each weight by 0.1 a round, more than most of them weigh.
+    # 1e-2 and 1e-3 are near the best of Reddi et al. 2021 (arXiv:2003.00295) for CIFAR-10.
+    "FedAdam": {"eta": 0.01, "tau": 1e-3},
+    "FedYogi": {"eta": 0.01, "tau": 1e-3},
+    "FedAdagrad": {"eta": 0.01, "tau": 1e-3},
+    "FedOpt": {},
+    "FaultTolerantFedAvg": {},
+    "FedMedian": {},
+    "FedTrimmedAvg": {},
+    "Krum": {},
+    "Bulyan": {},
+    "QFedAvg": {},
+}
+
+# These look at each update by itself; the others need no more than the weighted mean.
+NEED_ALL_UPDATES = {
+    "FaultTolerantFedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "Bulyan", "QFedAvg",
+}  # fmt: skip
+
+
+class WeightedMean:
+    """FedAvg's sum over k of n_k/n * w_k (McMahan et al. 2017, arXiv:1602.05629).
+
+    An update is added when it arrives and need not be kept. The sum is exact: each
+    n_k * w_k is rounded to a multiple of 2^-24, and float64 adds such numbers without
+    error up to 2^29. So the order of arrival does not change a bit of the result, and the
+    rounding moves a mean over 1,000 examples or more by less than 1e-10.
+    """
+
+    GRID = 2.0**24
+    CHUNK = 1 << 15  # numbers at a time: three passes over what stays in the L2 cache
+
+    def __init__(self, like: Sequence[np.ndarray]) -> None:
+        self.like = like
+        self.sums = [np.zeros(w.size) for w in like]
+        self.num_examples = 0
+
+    def add(self, weights: Sequence[np.ndarray], num_examples: int) -> None:
+        """Add one device's weights."""
+        self.num_examples += num_examples
+        chunk = np.empty(self.CHUNK)
+        for sums, array in zip(self.sums, weights, strict=True):
+            flat = array.ravel()
+            for start in range(0, flat.size, self.CHUNK):
+                piece = flat[start : start + self.CHUNK]
+                scaled = chunk[: piece.size]
+                np.multiply(piece, num_examples * self.GRID, out=scaled)
+                np.rint(scaled, out=scaled)
+                sums[start : start + self.CHUNK] += scaled
+
+    def result(self) -> list[np.ndarray]:
+        """Return the mean, in the shapes and types of the model."""
+        means = []
+        for sums, like in zip(self.sums, self.like, strict=True):
+            mean = sums / (self.num_examples * self.GRID)
+            if like.dtype.kind in "iu":  # such as BatchNorm's num_batches_tracked
+                mean = np.rint(mean)
+            means.append(mean.reshape(like.shape).astype(like.dtype))
+        return means
+
+
+def make_strategy(choice: str, **common: Any) -> FedAvg:
+    """Return the strategy that `choice` names, such as "FedAvg" or "FedProx:proximal_mu=0.1"."""
+    name, _, rest = choice.partition(":")
+    if name not in STRATEGIES:
+        raise FederationError(f"no strategy '{name}'; there are {', '.join(STRATEGIES)}")
+    strategy_class = getattr(flwr.server.strategy, name)
+    known = inspect.signature(strategy_class).parameters
+    settings = {k: v for k, v in {**common, **STRATEGIES[name]}.items() if k in known}
+    own = [k for k, p in known.items() if p.annotation in (int, float) and k not in common]
+    for item in filter(None, rest.split(",")):
+        key, _, value = item.partition("=")
+        try:
+            if key not in own:
+                raise ValueError
+            settings[key] = known[key].annotation(value)
+        except ValueError:
+            raise FederationError(
+                f"--strategy {choice}: '{item}' is not NAME=NUMBER; {name} has "
+                f"{', '.join(own) or 'no settings'}"
+            ) from None
+    return strategy_class(**settings)
+
+
+def run_round(
+    server_round: int,
+    weights: list[np.ndarray],
+    names: Sequence[str],
+    strategy: FedAvg,
+    fleet: Fleet,
+) -> tuple[list[np.ndarray] | None, dict[str, Any]]:
+    """Send the weights out, train everywhere, bring the results together.
+
+    Returns:
+        The new global weights, or None if not one reply could be used; and what
+        happened: the devices with their numbers, and the dropped ones with the reason.
+    """
+    parameters = Parameters([wire.pack_array(w) for w in weights], wire.TENSOR_TYPE)
+    keep_all = type(strategy).__name__ in NEED_ALL_UPDATES
+    mean = WeightedMean(weights)
+    results: list[tuple[Any, FitRes]] = []  # Any: our Device is their ClientProxy
+    devices: list[dict[str, Any]] = []
+    dropped: list[dict[str, str]] = []
+
+    encoded: dict[Any, bytes] = {}  # devices with the same settings get the same bytes
+    requests: list[tuple[Any, bytes]] = []
+    for device, fit_ins in strategy.configure_fit(server_round, parameters, fleet):
+        key = (id(fit_ins.parameters), *sorted(fit_ins.config.items()))
+        if key not in encoded:
+            encoded[key] = wire.encode_fit(fit_ins.parameters.tensors, fit_ins.config)
+        requests.append((device, encoded[key]))
+
+    for reply in fleet.exchange(requests):
+        try:
+            if reply.data is None:
+                raise BadReply(reply.problem)
+            update, num_examples, metrics = wire.decode_fit_reply(reply.data)
+            check_update(update, num_examples, weights, names)
+        except BadReply as error:
+            print(f"round {server_round}: dropped {reply.device.name}: {error}")
+            dropped.append({"name": reply.device.name, "reason": str(error)})
+            continue
+        if keep_all:
+            packed = Parameters([wire.pack_array(w) for w in update], wire.TENSOR_TYPE)
+            results.append((reply.device, FitRes(Status(Code.OK, ""), packed, num_examples, {})))
+        else:
+            mean.add(update, num_examples)
+        devices.append(
+            {
+                "name": reply.device.name,
+                "num_examples": num_examples,
+                "seconds": round(reply.seconds, 3),
+                "bytes_sent": reply.bytes_sent,
+                "bytes_received": len(reply.data),
+                "metrics": clean_metrics(metrics),
+            }
+        )
+    devices.sort(key=lambda device: device["name"])
+    record = {"sampled": len(requests), "devices": devices, "dropped": dropped}
+    if not devices:
+        return None, record
+
+    if not keep_all:
+        if type(strategy).aggregate_fit is FedAvg.aggregate_fit:
+            return mean.result(), record
+        # The other strategies start from the weighted mean: show them one device that has it.
+        packed = Parameters([wire.pack_array(w) for w in mean.result()], wire.TENSOR_TYPE)
+        whole = FitRes(Status(Code.OK, ""), packed, mean.num_examples, {})
+        results = [(Device("mean", {}), whole)]
+    results.sort(key=lambda result: result[0].cid)  # the order of arrival must not matter
+    failures: list[Any] = [BadReply(item["reason"]) for item in dropped]
+    aggregated, _ = strategy.aggregate_fit(server_round, results, failures)
+    if aggregated is None:
+        return None, record
+    new = [wire.unpack_array(tensor) for tensor in aggregated.tensors]
+    return [n.astype(w.dtype) for n, w in zip(new, weights, strict=True)], record
+
+
+def refusal(properties: Mapping[str, Any], model: str, classes: Sequence[str]) -> str | None:
+    """Return why a device that says this of itself must not take part, or None."""
+    if properties.get("model") != model:
+        return (
+            f"it was started with --model {properties.get('model')}, the server with "
+            f"--model {model}; start both with the same"
+        )
+    if properties.get("classes") != json.dumps(list(classes)):
+        return (
+            f"its classes are {properties.get('classes')}, the server's are "
+            f"{json.dumps(list(classes))}; give both the same class folders"
+        )
+    return properties.get("problem")
+
+
+def describe(device: Device) -> str:
+    """Return one line's worth of what a device said of itself."""
+    said = device.properties
+    if "board" not in said:
+        return "a client that says nothing of itself"
+    kind = "synthetic images" if said["source"] == "synthetic images" else "images"
+    return (
+        f"{said['board']}, {said['machine']}, {said['cores']} cores, {said['model']}, "
+        f"{said['images']:,} {kind}"
+    )
+
+
+def print_event(device: Device, event: str) -> None:
+    """Tell who joined or left."""
+    print(f"{device.name} {event}" + (f": {describe(device)}" if event == "joined" else ""))
+
+
+def wait_for_devices(fleet: Fleet, count: int) -> None:
+    """Wait until `count` devices are connected, and say so whenever their number changes."""
+    with fleet.changed:
+        while (connected := fleet.num_available()) < count:
+            print(f"waiting for {count} devices at {fleet.address} ({connected} connected)")
+            fleet.changed.wait()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def add(name: str, default: Any, help: str, **kwargs: Any) -> None:
+        flags = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        shown = "" if default is None else f" (default: {default})"
+        kind = {} if default is None else {"type": type(default)}
+        parser.add_argument(
+            *flags, dest=name, default=default, help=help + shown, **{**kind, **kwargs}
+        )
+
+    add("server_address", "0.0.0.0:8080", "where to listen", metavar="HOST:PORT")
+    add("rounds", 3, "how many rounds", metavar="N")
+    add("model", "Net", "a name from utils.MODELS, the same on every device", metavar="NAME")
+    # Devices
+    add("min_num_clients", 2, "wait until so many devices are connected", metavar="N")
+    add("min_sample_size", 2, "train on at least so many devices in a round", metavar="N")
+    add("sample_fraction", 1.0, "fraction of the connected devices that train", metavar="F")
+    # Local training
+    add("epochs", 1, "passes over a device's images in a round", metavar="N")
+    add("batch_size", 32, "images in a training step", metavar="N")
+    add("lr", utils.LR, "learning rate at the start; falls to 0 over the run", metavar="LR")
+    add("seed", 0, "for the first weights, partitions, sampling and shuffling", metavar="N")
+    add(
+        "strategy",
+        "FedAvg",
+        f"how updates are brought together: {', '.join(STRATEGIES)}; "
+        "settings follow a colon: FedProx:proximal_mu=0.1",
+        metavar="NAME",
+    )
+    # Data
+    add(
+        "partition",
+        "iid",
+        "how a data set that every device has in full is split: iid, dirichlet:0.5, "
+        "or none, when devices have images of their own",
+        metavar="HOW",
+    )
+    add("num_partitions", None, "parts (default: min_num_clients)", type=int, metavar="N")
+    add(
+        "data_dir",
+        None,
+        "CIFAR-10, or test/<class>/*; or synthetic (default: data/)",
+        metavar="DIR",
+    )
+    # Files
+    add("init_weights", None, "start from this .safetensors file (default: random)", metavar="FILE")
+    add("run_dir", None, "where to leave results (default: runs/<time>-<model>/)", metavar="DIR")
+    args = parser.parse_args()
+    if args.num_partitions is None:
+        args.num_partitions = args.min_num_clients
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise FederationError for values that cannot work, before anything slow is done."""
+    for name in (
+        "rounds",
+        "epochs",
+        "batch_size",
+        "min_num_clients",
+        "min_sample_size",
+        "num_partitions",
+    ):
+        if getattr(args, name) < 1:
+            raise FederationError(f"--{name} {getattr(args, name)} is below 1")
+    if args.min_sample_size > args.min_num_clients:
+        raise FederationError(
+            f"--min_sample_size {args.min_sample_size} is above --min_num_clients "
+            f"{args.min_num_clients}; a round cannot sample more devices than it waits for"
+        )
+    if not 0 < args.sample_fraction <= 1:
+        raise FederationError(f"--sample_fraction {args.sample_fraction} is outside (0, 1]")
+    if not (args.lr > 0 and math.isfinite(args.lr)):
+        raise FederationError(f"--lr {args.lr} is not above 0")
+    utils.parse_partition(args.partition)
+
+
+def terminate(*_: object) -> NoReturn:
+    """End as if by Ctrl-C, but with the exit code that a shell gives to SIGTERM."""
+    sys.exit(128 + signal.SIGTERM)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Tell the whole story: wait, train round by round, save."""
+    check_args(args)
+    listening_addresses(args.server_address)  # a port in use is told before the data load
+    data_dir = args.data_dir or ROOT / "data"
+    testset = utils.load_data(
+        data_dir, "test", utils.image_size(args.model), download=args.data_dir is None
+    )
+    where = f" ({testset.source})" if testset.source == "synthetic images" else ""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net = utils.build_model(args.model, len(testset.classes), args.seed)
+    names = list(net.state_dict())
+    weights = utils.get_weights(net)
+    if args.init_weights:
+        weights = load_weights(
+            Path(args.init_weights), dict(zip(names, weights, strict=True)), args.model
+        )
+
+    def settings(server_round: int) -> Settings:
+        """Return a round's settings; over the rounds the learning rate falls to 0."""
+        return Settings(
+            lr=args.lr * (args.rounds - server_round + 1) / args.rounds,
+            lr_end=args.lr * (args.rounds - server_round) / args.rounds,
+            server_round=server_round,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            momentum=MOMENTUM,
+            partition=args.partition,
+            num_partitions=args.num_partitions,
+            seed=args.seed,
+        )
+
+    def evaluate(weights: Sequence[np.ndarray]) -> utils.Evaluation:
+        utils.set_weights(net, weights)
+        return utils.test(net, testset, device)
+
+    strategy = make_strategy(
+        args.strategy,
+        fraction_fit=args.sample_fraction,
+        min_fit_clients=args.min_sample_size,
+        min_evaluate_clients=args.min_sample_size,
+        min_available_clients=args.min_num_clients,
+        on_fit_config_fn=lambda server_round: settings(server_round).to_config(),
+        evaluate_fn=lambda server_round, weights, config: (evaluate(weights).loss, {}),
+        initial_parameters=Parameters([wire.pack_array(w) for w in weights], wire.TENSOR_TYPE),
+    )
+
+    run_dir = Path(args.run_dir or ROOT / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}")
+    run_directory = RunDirectory(
+        run_dir,
+        {
+            **vars(args),
+            "data_dir": str(data_dir),
+            "test_images": f"{len(testset)} {testset.source}",
+            "classes": testset.classes,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "flwr": flwr.__version__,
+        },
+    )
+    fleet = Fleet(
+        args.server_address,
+        greeting=settings(1).to_config(),
+        admit=partial(refusal, model=args.model, classes=testset.classes),
+        announce=print_event,
+        refuse=lambda who, reason: print(f"refused {who}: {reason}"),
+        max_reply_bytes=2 * sum(w.nbytes for w in weights) + (1 << 20),
+    )
+    run_is_over = False
+    history: list[dict[str, Any]] = []
+    unwritten = None
+    try:
+        for server_round in range(1, args.rounds + 1):
+            for attempt in range(1, ROUND_TRIES + 1):
+                wait_for_devices(fleet, args.min_num_clients)
+                fleet.random.seed(f"{args.seed} {server_round}")
+                start = time.perf_counter()
+                new_weights, record = run_round(server_round, weights, names, strategy, fleet)
+                if new_weights is not None:
+                    break
+                print(f"round {server_round}: no usable reply, attempt {attempt} of {ROUND_TRIES}")
+            else:
+                raise FederationError(
+                    f"round {server_round} brought no usable reply in {ROUND_TRIES} attempts; "
+                    "the reasons are above"
+                )
+            weights = new_weights
+            trained = time.perf_counter()
+            result = evaluate(weights)
+            seconds = time.perf_counter() - start
+            print(
+                f"round {server_round}/{args.rounds}  "
+                f"devices {len(record['devices'])}/{record['sampled']}  "
+                f"loss {result.loss:.3f}  accuracy {100 * result.accuracy:.1f} %{where}  "
+                f"{seconds:.1f} s"
+            )
+            history.append(
+                {
+                    "server_round": server_round,
+                    "loss": result.loss,
+                    "accuracy": result.accuracy,
+                    "class_loss": dict(zip(testset.classes, result.class_loss, strict=True)),
+                    "class_accuracy": dict(
+                        zip(testset.classes, result.class_accuracy, strict=True)
+                    ),
+                    "test_images": f"{len(testset)} {testset.source}",
+                    "seconds": round(seconds, 3),
+                    "seconds_evaluate": round(seconds - (trained - start), 3),
+                    **record,
+                }
+            )
+            notes = {
+                "server_round": str(server_round),
+                "model": args.model,
+                "classes": json.dumps(testset.classes),
+            }
+            named = dict(zip(names, weights, strict=True))
+            try:
+                run_directory.add_round(history[-1], named, notes)
+                unwritten = None
+            except FederationError as error:
+                unwritten = error
+                print(f"round {server_round}: {error}; training goes on", file=sys.stderr)
+        run_is_over = True
+    finally:
+        fleet.close(run_is_over)
+
+    print(f"\n{'class':<12}  loss  accuracy")
+    for name, loss, accuracy in zip(
+        testset.classes, result.class_loss, result.class_accuracy, strict=True
+    ):
+        print(f"{name:<12} {loss:5.2f}  {100 * accuracy:6.1f} %")
+    print(f"\ntest accuracy {100 * result.accuracy:.1f} % on {len(testset):,} {testset.source}")
+    if unwritten:
+        raise unwritten
+    path = run_directory.write_weights("model.safetensors", named, notes)
+    title = f"{args.model}, {args.strategy}, {len(testset):,} test images: {testset.source}"
+    draw_report(run_dir / "report.png", title, history)
+    print(f"model in {path}, curves in {run_dir / 'report.png'}")
+
+
+def main() -> None:
+    args = parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log shows each line at once
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        run(args)
+    except (FederationError, utils.TaskError) as error:
+        sys.exit(f"server.py: {error}")
+    except KeyboardInterrupt:
+        print("server.py: interrupted; devices wait for the next start", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()
