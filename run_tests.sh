@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Set up, then check everything: style, types, shell scripts, tests.
+#
+#   ./run_tests.sh                         all of it
+#   ./run_tests.sh tests/test_wire.py -x   arguments go to pytest
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+python=$(plumbing/venv.sh requirements.txt tests/requirements.txt)
+bin=$(dirname "$python")
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy"
+"$bin/shellcheck" ./*.sh plumbing/*.sh .ci/run
+exec "$python" -m pytest "$@"
