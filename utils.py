@@ -418,9 +418,10 @@ def partition(labels: np.ndarray, num_partitions: int, scheme: str, seed: int) -
     Args:
         labels: the class of each example, (N,).
         scheme: "iid", or "dirichlet:ALPHA" for skewed classes: each part draws its own
-            mix of classes from Dirichlet(ALPHA * p), p being the mix of the whole, and
-            takes an equal share of the examples by that mix (Hsu et al. 2019,
-            arXiv:1909.06335). Small ALPHA: nearly one class a part; large: nearly iid.
+            mix of classes from Dirichlet(ALPHA * p) and takes an equal share of the
+            examples by that mix (Hsu et al. 2019, arXiv:1909.06335). Small ALPHA: nearly
+            one class a part; large: nearly iid. p is the mix of what earlier parts left;
+            with the mix of the whole the last part would be odd even for a large ALPHA.
             Not "none", with which a device uses all that it has and nothing is split.
         seed: the same seed gives the same parts on every machine.
 
@@ -448,16 +449,14 @@ def partition(labels: np.ndarray, num_partitions: int, scheme: str, seed: int) -
     classes = np.unique(labels)
     pools = [rng.permutation(np.flatnonzero(labels == c)) for c in classes]
     left = np.array([len(pool) for pool in pools])
-    prior = left / left.sum()
     parts = []
     for size in sizes:
-        mix = rng.dirichlet(alpha * prior)
-        taken = np.zeros_like(left)
+        mix, taken = np.zeros(len(classes)), np.zeros_like(left)
         while (missing := size - taken.sum()) > 0:
-            mix[left == taken] = 0
-            if mix.sum() == 0:  # the classes that this part likes are used up: a new taste
-                open_classes = left > taken
-                mix[open_classes] = rng.dirichlet(alpha * prior[open_classes])
+            rest = left - taken
+            mix[rest == 0] = 0
+            if mix.sum() == 0:  # at first, and when the classes that this part likes are used up
+                mix[rest > 0] = rng.dirichlet(alpha * rest[rest > 0] / rest.sum())
             draw = rng.multinomial(missing, mix / mix.sum())
             taken += np.minimum(draw, left - taken)
         parts.append(
