@@ -1,0 +1,481 @@
+"""Images from folders, CIFAR-10 fetched from a local server, the synthetic set."""
+
+import hashlib
+import io
+import json
+import pickle
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+import utils
+from utils import DownloadError, TaskError, load_data
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def save(path, size=(8, 8), colour=RED, mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path, **options)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Red cats and blue dogs: two of each to train on, one of each to test on."""
+    for split, count in (("train", 2), ("test", 1)):
+        for i in range(count):
+            save(tmp_path / split / "cat" / f"{i}.png", colour=RED)
+            save(tmp_path / split / "dog" / f"{i}.png", colour=BLUE)
+    return tmp_path
+
+
+def run_main(monkeypatch, data_dir):
+    """Run `python utils.py --data_dir DATA_DIR` in this process; return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["utils.py", "--data_dir", str(data_dir)])
+    try:
+        utils.main()
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def mean_colour(data, i=0):
+    return data.images[i].float().mean((1, 2)).tolist()
+
+
+# --- Image folders --------------------------------------------------------------------
+
+
+def test_folders_become_labelled_images(folders):
+    data = load_data(folders, "train")
+    assert data.images.shape == (4, 3, 32, 32) and data.images.dtype == torch.uint8
+    assert data.labels.tolist() == [0, 0, 1, 1] and data.labels.dtype == torch.int64
+    assert data.classes == ["cat", "dog"]
+    assert data.source == f"images in {folders}"
+    assert mean_colour(data, 0) == [255, 0, 0] and mean_colour(data, 3) == [0, 0, 255]
+    assert len(load_data(str(folders), "test")) == 2
+
+
+def test_images_get_the_size_that_the_model_wants(folders):
+    save(folders / "train" / "dog" / "wide.png", size=(300, 20), colour=BLUE)
+    assert load_data(folders, "train", image_size=64).images.shape == (5, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "expected"),
+    [
+        ("1", "a.png", (76, 76, 76)),  # black and white, dithered
+        ("L", "a.png", (76, 76, 76)),
+        ("LA", "a.png", (76, 76, 76)),
+        ("P", "a.gif", (255, 0, 0)),
+        ("RGBA", "a.png", (255, 0, 0)),
+        ("CMYK", "a.tiff", (255, 0, 0)),
+        ("YCbCr", "a.jpg", (254, 0, 0)),
+    ],
+)
+def test_every_colour_mode_becomes_rgb(folders, mode, name, expected):
+    save(folders / "train" / "ant" / name, size=(40, 30), mode=mode)
+    save(folders / "test" / "ant" / "a.png")
+    assert mean_colour(load_data(folders, "train")) == pytest.approx(expected, abs=4)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_16_bit_grey_keeps_its_brightness(folders, name):
+    (folders / "train" / "ant").mkdir()
+    (folders / "test" / "ant").mkdir()
+    grey = Image.fromarray(np.full((40, 40), 25_700, np.uint16))
+    grey.save(folders / "train" / "ant" / name)
+    assert mean_colour(load_data(folders, "train")) == pytest.approx([100] * 3, abs=1)
+
+
+def test_palette_with_transparency_is_read_without_a_warning(folders, recwarn):
+    save(folders / "train" / "cat" / "0.png", mode="P", transparency=bytes(range(256)))
+    assert len(load_data(folders, "train")) == 4
+    assert not recwarn.list
+
+
+def test_photo_keeps_its_content_when_it_shrinks(folders):
+    photo = Image.new("RGB", (1600, 1200), RED)
+    photo.paste(BLUE, (800, 0, 1600, 1200))
+    photo.save(folders / "train" / "cat" / "0.jpg", quality=95)
+    image = load_data(folders, "train").images[0].float()
+    assert image[:, :, :14].mean((1, 2)).tolist() == pytest.approx(RED, abs=4)
+    assert image[:, :, 18:].mean((1, 2)).tolist() == pytest.approx(BLUE, abs=4)
+
+
+def test_photo_taken_sideways_stands_upright(folders):
+    photo = Image.new("RGB", (400, 300), RED)
+    photo.paste(BLUE, (200, 0, 400, 300))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: turn clockwise to view
+    photo.save(folders / "train" / "cat" / "0.jpg", quality=95, exif=exif)
+    image = load_data(folders, "train").images[0].float()
+    assert image[:, :14].mean((1, 2)).tolist() == pytest.approx(RED, abs=4)
+    assert image[:, 18:].mean((1, 2)).tolist() == pytest.approx(BLUE, abs=4)
+
+
+def test_broken_image_is_named_and_skipped(folders, capsys):
+    bad = folders / "train" / "cat" / "00.png"
+    bad.write_bytes(b"not a picture")
+    whole = (folders / "train" / "cat" / "0.png").read_bytes()
+    (folders / "train" / "cat" / "1.png").write_bytes(whole[: len(whole) // 2])
+    data = load_data(folders, "train")
+    assert data.labels.tolist() == [0, 1, 1]
+    assert [mean_colour(data, i)[0] for i in range(3)] == [255, 0, 0]
+    lines = capsys.readouterr().err.splitlines()
+    assert f"broken image skipped: {bad}: not an image that Pillow can read" in lines
+    assert lines[-1] == "2 of 5 images are broken and skipped"
+    assert len(lines) == 3
+
+
+def test_only_the_first_ten_broken_images_are_named(folders, capsys):
+    for i in range(25):
+        (folders / "train" / "cat" / f"bad{i:02}.jpg").touch()
+    assert len(load_data(folders, "train")) == 4
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1].split("/")[-1] for line in lines[:-1]] == [
+        f"bad{i:02}.jpg" for i in range(10)
+    ]
+    assert lines[-1] == "25 of 29 images are broken and skipped"
+
+
+def test_all_images_broken_is_an_error(folders):
+    for path in (folders / "train").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(TaskError, match=r"all 4 images in '.*train' are broken"):
+        load_data(folders, "train")
+
+
+def test_other_files_and_hidden_ones_are_no_images(folders, capsys):
+    (folders / "train" / "cat" / "notes.txt").write_text("tabby")
+    (folders / "train" / "cat" / "._0.png").write_bytes(b"left by a Mac")
+    (folders / "train" / ".cache").mkdir()
+    assert len(load_data(folders, "train")) == 4
+    assert capsys.readouterr().err == ""
+
+
+def test_class_without_images_keeps_its_label(folders):
+    for split in ("train", "test"):
+        (folders / split / "ant").mkdir()
+    data = load_data(folders, "train")
+    assert data.classes == ["ant", "cat", "dog"] and data.labels.tolist() == [1, 1, 2, 2]
+
+
+def test_folders_without_images_are_an_error(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    with pytest.raises(TaskError, match=r"no images in '.*train'; put some into train/<class>/"):
+        load_data(tmp_path, "train")
+
+
+def test_one_class_is_an_error(tmp_path):
+    save(tmp_path / "train" / "cat" / "0.png")
+    with pytest.raises(TaskError, match=r"has 1 class folder\(s\) \(cat\); at least 2"):
+        load_data(tmp_path, "train")
+
+
+def test_classes_that_differ_between_train_and_test_are_an_error(folders):
+    save(folders / "test" / "cow" / "0.png")
+    with pytest.raises(TaskError, match=r"differ between train/ and test/: cow in only one"):
+        load_data(folders, "train")
+
+
+def test_split_that_is_not_there_is_an_error(tmp_path):
+    save(tmp_path / "train" / "cat" / "0.png")
+    save(tmp_path / "train" / "dog" / "0.png")
+    assert len(load_data(tmp_path, "train")) == 2
+    with pytest.raises(TaskError, match="has no folder test/"):
+        load_data(tmp_path, "test")
+
+
+def test_directory_without_data_says_what_is_wrong_and_what_to_do(tmp_path):
+    todo = "put your images there, or fetch CIFAR-10 with: python utils.py --data_dir"
+    with pytest.raises(TaskError, match=rf"nowhere' does not exist; {todo}"):
+        load_data(tmp_path / "nowhere", "train")
+    with pytest.raises(TaskError, match=rf"is empty; {todo}"):
+        load_data(tmp_path, "train")
+    (tmp_path / "file").touch()
+    with pytest.raises(TaskError, match=rf"file' is not a directory; {todo}"):
+        load_data(tmp_path / "file", "train")
+    with pytest.raises(TaskError, match=rf"neither CIFAR-10 nor folders .*; {todo}"):
+        load_data(tmp_path, "train")
+
+
+def test_main_reports_image_folders(folders, monkeypatch, capsys):
+    assert run_main(monkeypatch, folders) == 0
+    out, err = capsys.readouterr()
+    assert f"images in {folders}: 4 train images of 2 classes" in out
+    assert f"images in {folders}: 2 test images of 2 classes" in out
+    assert "Net: 61,326 numbers, 245,304 bytes" in out
+    assert err == ""
+
+
+def test_main_reports_a_device_that_has_training_images_alone(tmp_path, monkeypatch, capsys):
+    save(tmp_path / "train" / "cat" / "0.png")
+    save(tmp_path / "train" / "dog" / "0.png")
+    assert run_main(monkeypatch, tmp_path) == 0
+    assert "2 train images of 2 classes" in capsys.readouterr().out
+
+
+def test_main_exits_with_1_and_one_line_for_folders_that_make_no_sense(
+    tmp_path, monkeypatch, capsys
+):
+    save(tmp_path / "train" / "cat" / "0.png")
+    assert run_main(monkeypatch, tmp_path) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("utils.py: ") and err.count("\n") == 1
+
+
+# --- CIFAR-10, from a server here -----------------------------------------------------
+
+
+def tiny_cifar10():
+    """Return an archive built like CIFAR-10's, 2 images a batch, and CIFAR10's attributes."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        images = rng.integers(0, 256, (2, 3072), np.uint8)
+        files[name] = {"data": images, "labels": [3, 5]}
+    files["batches.meta"] = {"label_names": [f"class {i}" for i in range(10)]}
+    archive, sums = io.BytesIO(), {}
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for name, content in files.items():
+            data = pickle.dumps(content)
+            sums[name] = hashlib.md5(data).hexdigest()
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    attributes = {
+        "tgz_md5": hashlib.md5(archive.getvalue()).hexdigest(),
+        "train_list": [[name, sums[name]] for name in list(files)[:5]],
+        "test_list": [["test_batch", sums["test_batch"]]],
+        "meta": {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]},
+    }
+    return archive.getvalue(), attributes
+
+
+class Mirror(ThreadingHTTPServer):
+    """Serves one archive; a test may set what it says instead, and when."""
+
+    def __init__(self, archive):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.archive, self.body = archive, archive
+        self.status, self.downloads = 200, 0
+        self.open = threading.Event()
+        self.open.set()
+        self.url = f"http://127.0.0.1:{self.server_port}/cifar-10-python.tar.gz"
+
+    def handle_error(self, request, client_address):
+        pass  # torchvision hangs up on its first question, which is about redirects alone
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.headers["Method"] != "HEAD":  # torchvision's question about redirects
+            self.server.downloads += 1
+            self.server.open.wait(60)
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(self.server.archive)))
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    archive, attributes = tiny_cifar10()
+    with Mirror(archive) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        server.attributes = attributes | {"url": server.url}
+        for name, value in server.attributes.items():
+            monkeypatch.setattr(CIFAR10, name, value)
+        yield server
+        server.shutdown()
+
+
+def test_cifar10_is_fetched_and_read(mirror, tmp_path, capsys):
+    train = load_data(tmp_path / "a" / "data", "train", download=True)
+    assert train.images.shape == (10, 3, 32, 32) and train.images.is_contiguous()
+    assert train.images.dtype == torch.uint8 and train.labels.tolist() == [3, 5] * 5
+    assert train.classes[3] == "class 3" and train.source == "CIFAR-10"
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3072), np.uint8)
+    assert train.images[1].flatten().tolist() == pixels[1].tolist()
+
+    test = load_data(tmp_path / "a" / "data", "test")  # without download, it being there
+    assert len(test) == 2 and mirror.downloads == 1
+    assert capsys.readouterr() == ("", "")  # no progress bar off a terminal
+
+
+def test_cifar10_that_is_there_is_not_fetched_again(mirror, tmp_path):
+    load_data(tmp_path, "train", download=True)
+    mirror.status = 404
+    assert len(load_data(tmp_path, "train", download=True)) == 10
+    assert mirror.downloads == 1
+
+
+def test_model_that_wants_larger_images_than_cifar10_has_is_refused(mirror, tmp_path):
+    with pytest.raises(TaskError, match="has 32x32 images, the model wants 64x64"):
+        load_data(tmp_path, "train", image_size=64, download=True)
+
+
+def test_interrupted_download_is_begun_again(mirror, tmp_path):
+    (tmp_path / CIFAR10.filename).write_bytes(mirror.archive[:100])
+    assert len(load_data(tmp_path, "train", download=True)) == 10
+
+
+def test_interrupted_unpacking_is_begun_again(mirror, tmp_path):
+    (tmp_path / CIFAR10.filename).write_bytes(mirror.archive)
+    (tmp_path / CIFAR10.base_folder).mkdir()
+    (tmp_path / CIFAR10.base_folder / "data_batch_1").touch()
+    assert len(load_data(tmp_path, "train", download=True)) == 10
+    assert mirror.downloads == 0  # the archive was whole
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+def test_damaged_file_is_noticed_and_fetched_again(mirror, tmp_path, name):
+    load_data(tmp_path, "train", download=True)
+    damaged = tmp_path / CIFAR10.base_folder / name
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    with pytest.raises(TaskError, match=r"damaged or incomplete; fetch it again with: python util"):
+        load_data(tmp_path, "train")
+    assert len(load_data(tmp_path, "train", download=True)) == 10
+    assert len(load_data(tmp_path, "train")) == 10
+
+
+def test_archive_with_a_wrong_checksum_is_refused_and_removed(mirror, tmp_path):
+    mirror.body = mirror.archive[:-1] + b"!"
+    with pytest.raises(DownloadError, match=r"incomplete or altered \(wrong MD5 sum\)"):
+        load_data(tmp_path, "train", download=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_connection_cut_half_way_leaves_nothing(mirror, tmp_path):
+    mirror.body = mirror.archive[: len(mirror.archive) // 2]
+    with pytest.raises(DownloadError, match="cannot download CIFAR-10 from http://127"):
+        load_data(tmp_path / "data", "train", download=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_server_without_the_archive_is_a_download_error(mirror, tmp_path):
+    mirror.status = 404
+    with pytest.raises(DownloadError, match=r"tar.gz into '.*': .*Not Found; check the Internet"):
+        load_data(tmp_path, "train", download=True)
+    assert tmp_path.exists()  # it was there before
+
+
+def test_offline_is_one_line_exit_code_3_and_no_rubbish(tmp_path, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{port}/cifar-10-python.tar.gz")
+    assert run_main(monkeypatch, tmp_path / "a" / "data") == 3
+    out, err = capsys.readouterr()
+    assert err.startswith("utils.py: cannot download CIFAR-10 from http://127.0.0.1:")
+    assert "Connection refused" in err and err.count("\n") == 1
+    assert out == "" and not any(tmp_path.iterdir())
+
+
+def test_directory_that_cannot_be_made_is_an_error_but_no_download_error(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    assert run_main(monkeypatch, tmp_path / "file" / "data") == 1
+    assert "Not a directory; choose another --data_dir" in capsys.readouterr().err
+
+
+def test_archive_that_cannot_be_unpacked_is_an_error_but_no_download_error(mirror, tmp_path):
+    (tmp_path / CIFAR10.base_folder).touch()  # in the way
+    with pytest.raises(TaskError, match=r"cannot unpack .*python.tar.gz'") as caught:
+        load_data(tmp_path, "train", download=True)
+    assert not isinstance(caught.value, DownloadError)
+
+
+def test_two_processes_at_once_fetch_once(mirror, tmp_path):
+    script = (
+        "import json, sys; from torchvision.datasets import CIFAR10; import utils\n"
+        "for item in json.loads(sys.argv[1]).items(): setattr(CIFAR10, *item)\n"
+        "print('ready', flush=True)\n"
+        "print(len(utils.load_data(sys.argv[2], 'train', download=True)))"
+    )
+    mirror.open.clear()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, json.dumps(mirror.attributes), tmp_path / "data"],
+            cwd=Path(utils.__file__).parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
+    time.sleep(0.5)  # by now one of them asks the server and the other waits for the first
+    mirror.open.set()
+    assert [process.communicate(timeout=60)[0] for process in processes] == ["10\n"] * 2
+    assert mirror.downloads == 1
+
+
+# --- Synthetic ------------------------------------------------------------------------
+
+
+def test_synthetic_set_has_the_shape_of_cifar10():
+    train, test = load_data("synthetic", "train"), load_data("synthetic", "test")
+    assert train.images.shape == (50_000, 3, 32, 32) and test.images.shape == (10_000, 3, 32, 32)
+    assert len(train.classes) == 10 and train.source == "synthetic images"
+
+
+def test_synthetic_set_is_the_same_on_every_machine():
+    data = load_data("synthetic:2000", "train")
+    assert hashlib.sha256(data.images.numpy().tobytes()).hexdigest() == (
+        "cf3751913b26e7d6d03da3e00038d1955699938f2add2308632fe10650014be5"
+    )
+    assert torch.bincount(data.labels).tolist() == [
+        182,
+        199,
+        191,
+        188,
+        197,
+        219,
+        198,
+        207,
+        215,
+        204,
+    ]
+
+
+def test_synthetic_test_images_are_others():
+    train, test = load_data("synthetic:2000", "train"), load_data("synthetic:2000", "test")
+    assert len(test) == 400
+    assert not (train.images[:400] == test.images).flatten(1).all(1).any()
+
+
+def test_synthetic_images_get_the_size_that_the_model_wants():
+    assert load_data("synthetic:5", "test", image_size=48).images.shape == (1, 3, 48, 48)
+
+
+@pytest.mark.parametrize("name", ["synthetic:", "synthetic:0", "synthetic:-5", "synthetic:many"])
+def test_synthetic_set_of_no_size_is_refused(name):
+    with pytest.raises(TaskError, match=f"no data set '{name}'; say synthetic or synthetic:2000"):
+        load_data(name, "train")
+
+
+def test_synthetic_set_is_learnable_but_not_trivially():
+    train, test = load_data("synthetic:2000", "train"), load_data("synthetic:2000", "test")
+    net = utils.build_model("Net")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them only wait for one another on a busy machine
+    utils.train(net, utils.TrainLoader(train, 32), log=lambda line: None)
+    torch.set_num_threads(threads)
+    assert 0.2 < utils.test(net, test).accuracy < 0.95
