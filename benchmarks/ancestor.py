@@ -1,0 +1,60 @@
+"""Local training as this system's ancestor of 2020 did it, for benchmarks to measure against.
+
+Each image is a PIL image that becomes a normalised float tensor of its own, and a
+DataLoader stacks them to batches. The optimizer is SGD at a fixed learning rate.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import utils
+
+
+class PilImages(Dataset[tuple[Tensor, int]]):
+    """What torchvision.datasets.CIFAR10 does: pixels in memory, a PIL image for each access."""
+
+    def __init__(self, data: utils.ImageSet) -> None:
+        self.pixels = data.images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.labels = data.labels.tolist()
+        self.transform = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize(utils.MEAN, utils.STD)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+def loader(data: utils.ImageSet, batch_size: int, order: Sequence[int] | None = None) -> DataLoader:
+    """Return shuffled batches without the last partial one, or those in the given order."""
+    return DataLoader(
+        PilImages(data), batch_size, shuffle=order is None, sampler=order, drop_last=True
+    )
+
+
+def train(
+    net: nn.Module,
+    trainloader: DataLoader,
+    epochs: int = 1,
+    lr: float = 0.001,
+    nesterov: bool = False,
+) -> None:
+    """Train `net` in place for `epochs` with SGD of momentum 0.9."""
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, nesterov=nesterov)
+    for _ in range(epochs):
+        running_loss = 0.0
+        for images, labels in trainloader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(images), labels)
+            loss.backward()
+            optimizer.step()
+            running_loss += loss.item()
