@@ -36,9 +36,6 @@ STD = (0.2470, 0.2435, 0.2616)
 LR = 0.02  # at the start of a run; falls to 0 over it
 
 
-LR = 0.02  # where the learning rate starts in the first round
-
-
 class TaskError(Exception):
     """A model, a data set or a setting that cannot work; the message says what to do."""
 
