@@ -50,7 +50,7 @@ def main() -> None:
         data = some_images(args.data_dir, args.images)
     except utils.TaskError as error:
         sys.exit(f"local_epoch.py: {error}")
-    print(f"{len(data):,} {data.source}, batch {BATCH_SIZE}, {torch.get_num_threads()} threads")
+    print(f"{len(data):,} {data.source}, batch {BATCH_SIZE}, threads {torch.get_num_threads()}")
 
     ways = {"2020": epoch_of_2020, "ours": our_epoch, "bare": bare_steps}
     for way in ways.values():  # the first steps also compile oneDNN's kernels

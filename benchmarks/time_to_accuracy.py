@@ -77,7 +77,7 @@ def main() -> None:
         test_data = utils.load_data(args.data_dir, "test")
     except utils.TaskError as error:
         sys.exit(f"time_to_accuracy.py: {error}")
-    print(f"{len(data):,} {data.source}, batch {BATCH_SIZE}, {torch.get_num_threads()} threads")
+    print(f"{len(data):,} {data.source}, batch {BATCH_SIZE}, threads {torch.get_num_threads()}")
 
     def seconds(name: str, seed: int) -> float:
         """Train until the target; print and return how many seconds that took."""

@@ -1,0 +1,30 @@
+"""The short form of each benchmark of local training runs and prints its ratios.
+
+It asserts no times: other load on the machine would decide.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def short_form(name: str) -> str:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--short", "--threads", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_local_epoch_prints_both_ratios_and_that_losses_agree():
+    out = short_form("local_epoch")
+    for ratio in ("2020/ours", "ours/bare"):
+        assert re.search(rf"^{ratio}  min [\d.]+  median [\d.]+  max [\d.]+", out, re.M)
+    assert "same mathematics: losses differ by" in out
+
+
+def test_time_to_accuracy_prints_its_ratio():
+    out = short_form("time_to_accuracy")
+    assert re.search(r"^2020/ours  min [\d.]+  median [\d.]+  max [\d.]+", out, re.M)

@@ -1,0 +1,364 @@
+"""Models, batches, local training and evaluation."""
+
+import copy
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision import transforms
+
+import utils
+
+
+@pytest.fixture(scope="module")
+def data() -> utils.ImageSet:
+    return utils.load_data("synthetic:640", "train")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two threads on two busy cores wait for each other; these nets are small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def numbered(count: int, height: int = 4, width: int = 4) -> utils.ImageSet:
+    """Images of noise whose label is their index."""
+    images = np.random.default_rng(0).integers(0, 256, (count, 3, height, width), np.uint8)
+    return utils.ImageSet(torch.from_numpy(images), torch.arange(count), ["a", "b"], "noise")
+
+
+class Linear(nn.Module):
+    """One layer, so that a step can be done by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3 * 4 * 4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.flatten(1))
+
+
+# --- Models ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", utils.MODELS)
+@pytest.mark.parametrize("num_classes", [2, 10])
+def test_every_model_gives_a_score_per_class(name, num_classes):
+    net = utils.build_model(name, num_classes)
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, num_classes)
+
+
+def test_net_has_62_006_parameters():
+    assert sum(w.size for w in utils.get_weights(utils.build_model("Net"))) == 62_006
+
+
+def test_net_computes_what_relu_before_pool_computes():
+    net, x = utils.Net(), torch.randn(4, 3, 32, 32)
+    y = F.max_pool2d(F.relu(net.conv1(x)), 2)
+    y = F.max_pool2d(F.relu(net.conv2(y)), 2).flatten(1)
+    y = net.fc3(F.relu(net.fc2(F.relu(net.fc1(y)))))
+    assert torch.equal(net(x), y)
+
+
+def test_resnet18_has_62_arrays_and_no_running_statistics():
+    net = utils.build_model("ResNet18")
+    weights = utils.get_weights(net)
+    assert len(weights) == 62
+    assert 11.1e6 < sum(w.size for w in weights) < 11.3e6
+    assert not list(net.buffers())
+
+
+def test_same_seed_gives_the_same_model_and_leaves_torch_random_alone():
+    state = torch.get_rng_state()
+    first, again, other = (utils.get_weights(utils.build_model("Net", seed=s)) for s in (1, 1, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not np.array_equal(first[0], other[0])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_unknown_model_is_refused_with_the_list_of_models():
+    with pytest.raises(utils.TaskError, match=r"no model 'Resnet18'; utils\.MODELS has Net"):
+        utils.build_model("Resnet18")
+
+
+# --- Weights --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", utils.MODELS)
+def test_weights_survive_the_round_trip_bit_for_bit(name):
+    weights = utils.get_weights(utils.build_model(name, seed=1))
+    net = utils.build_model(name, seed=2)
+    utils.set_weights(net, weights)
+    assert all(np.array_equal(a, b) for a, b in zip(weights, utils.get_weights(net), strict=True))
+
+
+def test_weights_are_copies_on_both_sides():
+    net = utils.build_model("Net")
+    weights = utils.get_weights(net)
+    before = weights[0].copy()
+    utils.set_weights(net, weights)
+    with torch.no_grad():
+        net.conv1.weight.zero_()
+    assert np.array_equal(weights[0], before)
+
+
+def test_read_only_weights_are_taken_without_a_warning(recwarn):
+    weights = utils.get_weights(utils.build_model("Net"))
+    for array in weights:
+        array.flags.writeable = False
+    utils.set_weights(utils.build_model("Net"), weights)
+    assert not recwarn.list
+
+
+def test_wrong_number_of_arrays_is_refused():
+    weights = utils.get_weights(utils.build_model("Net"))
+    with pytest.raises(utils.TaskError, match="10 arrays for a model that has 62"):
+        utils.set_weights(utils.build_model("ResNet18"), weights)
+
+
+def test_wrong_shape_is_refused_by_name():
+    weights = utils.get_weights(utils.build_model("Net", num_classes=5))
+    with pytest.raises(utils.TaskError, match=r"fc3.weight has shape \(10, 84\), not \(5, 84\)"):
+        utils.set_weights(utils.build_model("Net"), weights)
+
+
+# --- Batches --------------------------------------------------------------------------
+
+
+def test_normalise_equals_torchvisions_totensor_and_normalize():
+    images = numbered(5, 6, 8).images
+    by_image = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize(utils.MEAN, utils.STD)]
+    )
+    expected = torch.stack(
+        [by_image(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images]
+    )
+    torch.testing.assert_close(utils.normalise(images), expected, rtol=0, atol=1e-5)
+
+
+def test_last_partial_batch_is_dropped():
+    loader = utils.TrainLoader(numbered(70), 32)
+    assert len(loader) == 2
+    assert [len(labels) for _, labels in loader] == [32, 32]
+
+
+def test_an_epoch_shows_each_image_at_most_once_and_the_next_in_another_order():
+    loader = utils.TrainLoader(numbered(70), 32)
+    first, second = (torch.cat([labels for _, labels in loader]).tolist() for _ in range(2))
+    assert len(set(first)) == len(first) == 64
+    assert first != second
+
+
+def test_epoch_longer_than_a_block_is_complete():
+    count = 1000  # of 3 KB: three blocks
+    loader = utils.TrainLoader(numbered(count, 32, 32), 20)
+    assert sorted(torch.cat([labels for _, labels in loader]).tolist()) == list(range(count))
+
+
+def test_same_seed_gives_the_same_batches(data):
+    one, again, other = (next(iter(utils.TrainLoader(data, 32, seed))) for seed in (5, 5, 6))
+    assert torch.equal(one[0], again[0])
+    assert torch.equal(one[1], again[1])
+    assert not torch.equal(one[1], other[1])
+
+
+def test_an_image_stays_as_it_is_or_is_mirrored():
+    data = numbered(200)
+    plain = utils.normalise(data.images)
+    mirrored = 0
+    for images, labels in utils.TrainLoader(data, 50):
+        for image, label in zip(images, labels, strict=True):
+            flipped = torch.equal(image, plain[label].flip(2))
+            assert flipped or torch.equal(image, plain[label])
+            mirrored += flipped
+    assert 70 < mirrored < 130
+
+
+def test_without_flip_no_image_is_mirrored():
+    data = numbered(200)
+    plain = utils.normalise(data.images)
+    for images, labels in utils.TrainLoader(data, 50, flip=False):
+        assert torch.equal(images, plain[labels])
+
+
+def test_loader_leaves_the_data_as_they_are(data):
+    before = data.images.clone()
+    for _ in utils.TrainLoader(data, 32):
+        pass
+    assert torch.equal(data.images, before)
+
+
+def test_too_few_images_for_a_batch_are_refused():
+    with pytest.raises(utils.TaskError, match="31 images do not fill a batch of 32"):
+        utils.TrainLoader(numbered(31), 32)
+
+
+# --- Training -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in utils.MODELS if name != "ResNet18"])
+def test_loss_falls(name, data):
+    net = utils.build_model(name)
+    before = utils.test(net, data).loss
+    utils.train(net, utils.TrainLoader(data, 32), epochs=8, log=silent)
+    assert utils.test(net, data).loss < 0.8 * before
+
+
+def test_training_with_the_same_seed_repeats_bit_for_bit(data):
+    runs = []
+    for _ in range(2):
+        net = utils.build_model("Net")
+        loss = utils.train(net, utils.TrainLoader(data, 32, seed=3), lr_end=0.0, log=silent)
+        runs.append((loss, utils.get_weights(net)))
+    (loss, weights), (loss_again, weights_again) = runs
+    assert loss == loss_again
+    assert all(np.array_equal(a, b) for a, b in zip(weights, weights_again, strict=True))
+
+
+@pytest.fixture
+def rates(monkeypatch) -> list[float]:
+    """The learning rate of every step that is taken."""
+    seen: list[float] = []
+    step = torch.optim.SGD.step
+
+    def recording_step(self, *args):
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", recording_step)
+    return seen
+
+
+def test_learning_rate_falls_linearly_over_all_epochs(rates, data):
+    loader = utils.TrainLoader(data, 160)
+    utils.train(utils.build_model("Net"), loader, epochs=2, lr=0.08, lr_end=0.04, log=silent)
+    assert rates == pytest.approx([0.08, 0.075, 0.07, 0.065, 0.06, 0.055, 0.05, 0.045])
+
+
+def test_learning_rate_is_constant_without_an_end(rates, data):
+    utils.train(utils.build_model("Net"), utils.TrainLoader(data, 160), lr=0.05, log=silent)
+    assert rates == [0.05] * 4
+
+
+def by_hand(net: nn.Module, batches, lr: float, mu: float) -> nn.Module:
+    """Plain SGD on cross-entropy + mu/2 * ||w - w_global||^2, by autograd."""
+    net = copy.deepcopy(net)
+    anchors = [p.detach().clone() for p in net.parameters()]
+    for images, labels in batches:
+        distance = sum(((p - w) ** 2).sum() for p, w in zip(net.parameters(), anchors, strict=True))
+        loss = F.cross_entropy(net(images), labels) + mu / 2 * distance
+        gradients = torch.autograd.grad(loss, list(net.parameters()))
+        with torch.no_grad():
+            for p, gradient in zip(net.parameters(), gradients, strict=True):
+                p -= lr * gradient
+    return net
+
+
+@pytest.mark.parametrize("mu", [0.0, 2.0])
+def test_fedprox_steps_match_the_formula(mu):
+    data = dataclasses.replace(numbered(64), labels=torch.arange(64) % 2)
+    net = Linear()
+    expected = by_hand(net, utils.TrainLoader(data, 16), lr=0.05, mu=mu)
+    loader = utils.TrainLoader(data, 16)
+    utils.train(net, loader, lr=0.05, momentum=0.0, proximal_mu=mu, log=silent)
+    for p, e in zip(net.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, e)
+
+
+def test_fedprox_keeps_weights_nearer_to_the_global_ones(data):
+    start = utils.build_model("Net")
+
+    def moved(mu: float) -> float:
+        net = copy.deepcopy(start)
+        utils.train(net, utils.TrainLoader(data, 32), lr=0.02, proximal_mu=mu, log=silent)
+        pairs = zip(net.parameters(), start.parameters(), strict=True)
+        return sum(float(((p - w).detach() ** 2).sum()) for p, w in pairs) ** 0.5
+
+    assert moved(1.0) < 0.9 * moved(0.0)
+
+
+def test_frozen_weights_stay_also_with_fedprox(data):
+    net = utils.build_model("Net")
+    net.conv1.requires_grad_(False)
+    before = net.conv1.weight.clone()
+    utils.train(net, utils.TrainLoader(data, 32), proximal_mu=0.1, log=silent)
+    assert torch.equal(net.conv1.weight, before)
+
+
+def test_training_prints_its_two_lines_and_returns_the_mean_loss(data, capsys):
+    loss = utils.train(utils.build_model("Net"), utils.TrainLoader(data, 32), lr=0.0)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "Training 1 epoch(s) w/ 20 batches each"
+    assert re.fullmatch(r"Epoch took: \d+\.\d\d seconds", second)
+    assert loss == pytest.approx(np.log(10), abs=0.1)
+
+
+def test_progress_is_shown_on_a_terminal_only_and_wiped(data, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    clock = iter(range(1000))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    utils.train(utils.build_model("Net"), utils.TrainLoader(data, 320))
+    out = capsys.readouterr().out
+    assert re.search(r"\r2/2 batches  loss \d\.\d{3}\x1b\[K\r\x1b\[KEpoch took: ", out)
+
+
+def test_ctrl_c_ends_an_epoch_in_the_middle(data):
+    loader = utils.TrainLoader(data, 32)
+    net = utils.build_model("Net")
+    seen = []
+
+    def press(_net, _inputs):
+        seen.append(1)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    net.register_forward_pre_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        utils.train(net, loader, log=silent)
+    assert len(seen) == 5
+
+
+# --- Evaluation -----------------------------------------------------------------------
+
+
+class Fixed(nn.Module):
+    """Says class 0 for dark images and class 1 for bright ones, with odds of e to 1."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bright = (x.mean((1, 2, 3)) > 0).float()
+        return torch.stack([1 - bright, bright, torch.zeros(len(x))], 1)
+
+
+def test_evaluation_matches_a_count_by_hand():
+    images = torch.zeros(5, 3, 4, 4, dtype=torch.uint8)
+    images[3:] = 255  # three dark ones, two bright ones
+    data = utils.ImageSet(images, torch.tensor([0, 0, 1, 1, 0]), ["a", "b", "c"], "by hand")
+    result = utils.test(Fixed(), data, batch_size=2)
+    right, wrong = np.log(np.e + 2) - 1, np.log(np.e + 2)
+    assert result.accuracy == pytest.approx(3 / 5)
+    assert result.loss == pytest.approx((3 * right + 2 * wrong) / 5)
+    assert result.class_accuracy[:2] == pytest.approx([2 / 3, 1 / 2])
+    assert result.class_loss[:2] == pytest.approx([(2 * right + wrong) / 3, (right + wrong) / 2])
+    assert np.isnan(result.class_accuracy[2])
+    assert np.isnan(result.class_loss[2])
+
+
+def test_evaluation_leaves_the_weights_alone_and_ignores_the_batch_size(data):
+    net = utils.build_model("Net")
+    before = utils.get_weights(net)
+    one, other = utils.test(net, data, batch_size=640), utils.test(net, data, batch_size=100)
+    assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    assert one.accuracy == other.accuracy
+    assert all(np.array_equal(a, b) for a, b in zip(before, utils.get_weights(net), strict=True))
