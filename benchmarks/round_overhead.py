@@ -1,0 +1,229 @@
+"""What a round costs without training, beside stock Flower: weights go out and come back.
+
+    python -m benchmarks.round_overhead
+    python -m benchmarks.round_overhead --model ResNet18 --repeats 9
+
+One server and its clients, a process each, over loopback. The clients return the weights
+that came, so a round is two transfers per client and an average. The two sides take turns:
+
+    ours    server.run_round over plumbing.fleet.Fleet; plumbing.transport.serve
+    stock   flwr.server.start_server; flwr.client.start_client
+
+Both run FedAvg with the same settings. A time is from one round's start to the next one's;
+the ratio is of neighbours in one turn, so that other load on the machine weighs on both.
+"""
+
+import argparse
+import contextlib
+import logging
+import multiprocessing
+import signal
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from flwr.client import NumPyClient
+
+from plumbing.settings import Settings
+
+ROUNDS = {"Net": 200, "ResNet18": 12}  # 1 s and more on either side
+AIMS = {"Net": 1.0, "ResNet18": 0.5}
+PATIENCE_SECONDS = 300  # for one side's turn
+
+spawn = multiprocessing.get_context("spawn")
+
+
+class Echo(NumPyClient):
+    """Trains in no time: returns the weights that came."""
+
+    def fit(
+        self, parameters: list[np.ndarray], config: dict[str, Any]
+    ) -> tuple[list[np.ndarray], int, dict[str, Any]]:
+        return parameters, 1000, {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="time rounds without training, ours and stock")
+    parser.add_argument("--model", choices=ROUNDS, help="one of them alone (default: both)")
+    parser.add_argument("--rounds", type=int, help=f"timed ones, in a turn (default: {ROUNDS})")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each side (default: 5)")
+    parser.add_argument("--clients", type=int, default=2, help="default: 2")
+    parser.add_argument("--short", action="store_true", help="Net, 5 rounds, 1 repeat")
+    args = parser.parse_args()
+    if args.short:
+        args.model, args.rounds, args.repeats = "Net", 5, 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    print(f"{args.clients} clients, median ms a round; ratio ours/stock")
+    for model in [args.model] if args.model else list(ROUNDS):
+        compare(model, args.rounds or ROUNDS[model], args.repeats, args.clients)
+
+
+def compare(model: str, rounds: int, repeats: int, clients: int) -> None:
+    """Let both sides take turns, and print what they took."""
+    ratios = []
+    times: dict[str, list[float]] = {"ours": [], "stock": []}
+    for repeat in range(1, repeats + 1):
+        for side in ("ours", "stock") if repeat % 2 else ("stock", "ours"):
+            times[side].append(1000 * take_turn(side, model, rounds, clients))
+        ours, stock = times["ours"][-1], times["stock"][-1]
+        ratios.append(ours / stock)
+        print(
+            f"{model:8}  turn {repeat}/{repeats}  ours {ours:7.2f}  stock {stock:7.2f}  "
+            f"ratio {ratios[-1]:.2f}",
+            flush=True,
+        )
+    print(
+        f"{model:8}  ours {statistics.median(times['ours']):.2f} ms  "
+        f"stock {statistics.median(times['stock']):.2f} ms  "
+        f"ratio min {min(ratios):.2f}  median {statistics.median(ratios):.2f}  "
+        f"max {max(ratios):.2f}  (aim: at most {AIMS[model]})"
+    )
+
+
+def take_turn(side: str, model: str, rounds: int, clients: int) -> float:
+    """Return the median seconds of a round, of `rounds` after a few that warm up."""
+    warm_up = 2 + rounds // 10
+    address = f"127.0.0.1:{free_port()}"
+    run_server, run_client = SIDES[side]
+    results, sender = spawn.Pipe(duplex=False)
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(
+            running(run_server, address, model, warm_up + rounds, clients, sender)
+        )
+        sender.close()  # the server's copy is the only one, so recv sees its death
+        wait_until_listening(address, server)
+        joined = [stack.enter_context(running(run_client, address)) for _ in range(clients)]
+        try:
+            if not results.poll(PATIENCE_SECONDS):
+                raise EOFError
+            starts = results.recv()
+        except EOFError:
+            sys.exit(f"round_overhead.py: the {side} server brought no result")
+        for process in [server, *joined]:
+            process.join(PATIENCE_SECONDS)
+    return float(np.median(np.diff(starts)[warm_up:]))
+
+
+@contextlib.contextmanager
+def running(target: Callable[..., None], *args: Any) -> Iterator[Any]:
+    """Run `target` in a process of its own, which does not outlive the block."""
+    process = spawn.Process(target=target, args=args, daemon=True)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def wait_until_listening(address: str, server: Any) -> None:
+    """A stock client gives up at once when no server is there."""
+    host, port = address.split(":")
+    while server.is_alive():
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
+            return
+        time.sleep(0.05)
+
+
+# --- The processes --------------------------------------------------------------------
+
+
+def our_server(address: str, model: str, rounds: int, clients: int, results: Connection) -> None:
+    import server
+    import utils
+    from plumbing.fleet import Fleet
+
+    net = utils.build_model(model)
+    names, weights = list(net.state_dict()), utils.get_weights(net)
+    strategy = server.make_strategy("FedAvg", **strategy_settings(clients))
+    fleet = Fleet(
+        address,
+        greeting=settings(0),
+        admit=lambda properties: None,
+        announce=lambda device, event: None,
+        refuse=lambda who, reason: print(f"refused {who}: {reason}"),
+        max_reply_bytes=2 * sum(w.nbytes for w in weights) + (1 << 20),
+    )
+    starts = []
+    fleet.wait_for(clients)
+    for server_round in range(1, rounds + 1):
+        starts.append(time.perf_counter())
+        new_weights, record = server.run_round(server_round, weights, names, strategy, fleet)
+        assert new_weights is not None and len(record["devices"]) == clients, record
+        weights = new_weights
+    starts.append(time.perf_counter())
+    results.send(starts)
+    fleet.close(run_is_over=True)
+
+
+def our_client(address: str) -> None:
+    from plumbing.transport import serve
+
+    serve(address, Echo(), on_connected=lambda: None)
+
+
+def stock_server(address: str, model: str, rounds: int, clients: int, results: Connection) -> None:
+    from flwr.common import ndarrays_to_parameters
+    from flwr.server import ServerConfig, start_server
+    from flwr.server.strategy import FedAvg
+
+    import utils
+
+    starts = []
+
+    class Stamped(FedAvg):
+        def configure_fit(self, *args: Any, **kwargs: Any) -> Any:
+            starts.append(time.perf_counter())
+            return super().configure_fit(*args, **kwargs)
+
+        def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
+            assert len(results) == clients, failures
+            return super().aggregate_fit(server_round, results, failures)
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    weights = utils.get_weights(utils.build_model(model))
+    strategy = Stamped(
+        **strategy_settings(clients), initial_parameters=ndarrays_to_parameters(weights)
+    )
+    # One round more, whose start is the end of the last one timed.
+    start_server(
+        server_address=address, config=ServerConfig(num_rounds=rounds + 1), strategy=strategy
+    )
+    results.send(starts)
+
+
+def stock_client(address: str) -> None:
+    from flwr.client import start_client
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    start_client(server_address=address, client=Echo().to_client())
+
+
+SIDES = {"ours": (our_server, our_client), "stock": (stock_server, stock_client)}
+
+
+def strategy_settings(clients: int) -> dict[str, Any]:
+    return {
+        "fraction_evaluate": 0.0,
+        "min_fit_clients": clients,
+        "min_available_clients": clients,
+        "on_fit_config_fn": settings,
+    }
+
+
+def settings(server_round: int) -> dict[str, Any]:
+    return Settings(lr=0.02, lr_end=0.01, server_round=server_round).to_config()
+
+
+if __name__ == "__main__":
+    main()
