@@ -7,10 +7,12 @@ Waits for the server, comes back when the connection breaks, ends when the run i
 
 import argparse
 import json
+import logging
 import signal
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +21,7 @@ import torch
 from flwr.client import NumPyClient
 
 import utils
-from plumbing.addresses import parse_address
+from plumbing.addresses import check_cid, parse_address
 from plumbing.board import describe_board
 from plumbing.errors import FederationError
 from plumbing.settings import Settings
@@ -143,7 +145,7 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -174,7 +176,7 @@ def parse_args() -> argparse.Namespace:
         metavar="S",
         help="give up after S s without server (default: never)",
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def terminate(*_: object) -> NoReturn:
@@ -182,12 +184,14 @@ def terminate(*_: object) -> NoReturn:
     sys.exit(128 + signal.SIGTERM)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log shows each line at once
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     signal.signal(signal.SIGTERM, terminate)
     try:
         parse_address(args.server_address)
+        check_cid(args.cid)
         if args.threads is not None:
             if args.threads < 1:
                 raise utils.TaskError(f"--threads {args.threads} is below 1")

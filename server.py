@@ -57,7 +57,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "FedMedian": {},
     "FedTrimmedAvg": {},
     "Krum": {},
-    "Bulyan": {},
+    "Bulyan": {"to_keep": 0},  # what its first step, Krum, needs and Flower leaves out
     "QFedAvg": {},
 }
 
@@ -115,7 +115,7 @@ def make_strategy(choice: str, **common: Any) -> FedAvg:
         raise FederationError(f"no strategy '{name}'; there are {', '.join(STRATEGIES)}")
     strategy_class = getattr(flwr.server.strategy, name)
     known = inspect.signature(strategy_class).parameters
-    settings = {k: v for k, v in {**common, **STRATEGIES[name]}.items() if k in known}
+    settings = {k: v for k, v in common.items() if k in known} | STRATEGIES[name]
     own = [k for k, p in known.items() if p.annotation in (int, float) and k not in common]
     for item in filter(None, rest.split(",")):
         key, _, value = item.partition("=")
@@ -141,7 +141,7 @@ def run_round(
     """Send the weights out, train everywhere, bring the results together.
 
     Returns:
-        The new global weights, or None if not one reply could be used; and what
+        The new global weights, or None if the replies do not make any; and what
         happened: the devices with their numbers, and the dropped ones with the reason.
     """
     parameters = Parameters([wire.pack_array(w) for w in weights], wire.TENSOR_TYPE)
@@ -198,7 +198,11 @@ def run_round(
         results = [(Device("mean", {}), whole)]
     results.sort(key=lambda result: result[0].cid)  # the order of arrival must not matter
     failures: list[Any] = [BadReply(item["reason"]) for item in dropped]
-    aggregated, _ = strategy.aggregate_fit(server_round, results, failures)
+    try:
+        aggregated, _ = strategy.aggregate_fit(server_round, results, failures)
+    except ValueError as error:  # Bulyan's, say, when too few replies are left
+        print(f"round {server_round}: {type(strategy).__name__} cannot aggregate: {error}")
+        aggregated = None
     if aggregated is None:
         return None, record
     new = [wire.unpack_array(tensor) for tensor in aggregated.tensors]
@@ -225,10 +229,11 @@ def describe(device: Device) -> str:
     said = device.properties
     if "board" not in said:
         return "a client that says nothing of itself"
-    kind = "synthetic images" if said["source"] == "synthetic images" else "images"
+    images = said.get("images")
+    kind = "synthetic images" if said.get("source") == "synthetic images" else "images"
     return (
-        f"{said['board']}, {said['machine']}, {said['cores']} cores, {said['model']}, "
-        f"{said['images']:,} {kind}"
+        f"{said['board']}, {said.get('machine')}, {said.get('cores')} cores, {said.get('model')}, "
+        + (f"{images:,} {kind}" if isinstance(images, int) else "no word of its images")
     )
 
 
@@ -245,7 +250,7 @@ def wait_for_devices(fleet: Fleet, count: int) -> None:
             fleet.changed.wait()
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -297,7 +302,7 @@ def parse_args() -> argparse.Namespace:
     # Files
     add("init_weights", None, "start from this .safetensors file (default: random)", metavar="FILE")
     add("run_dir", None, "where to leave results (default: runs/<time>-<model>/)", metavar="DIR")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.num_partitions is None:
         args.num_partitions = args.min_num_clients
     return args
@@ -320,6 +325,8 @@ def check_args(args: argparse.Namespace) -> None:
             f"--min_sample_size {args.min_sample_size} is above --min_num_clients "
             f"{args.min_num_clients}; a round cannot sample more devices than it waits for"
         )
+    if not 0 <= args.seed < 2**31:
+        raise FederationError(f"--seed {args.seed} is below 0 or above 2,147,483,647")
     if not 0 < args.sample_fraction <= 1:
         raise FederationError(f"--sample_fraction {args.sample_fraction} is outside (0, 1]")
     if not (args.lr > 0 and math.isfinite(args.lr)):
@@ -371,11 +378,13 @@ def run(args: argparse.Namespace) -> None:
     strategy = make_strategy(
         args.strategy,
         fraction_fit=args.sample_fraction,
+        fraction_evaluate=0.0,  # the server evaluates, on the whole test set
         min_fit_clients=args.min_sample_size,
         min_evaluate_clients=args.min_sample_size,
         min_available_clients=args.min_num_clients,
         on_fit_config_fn=lambda server_round: settings(server_round).to_config(),
         evaluate_fn=lambda server_round, weights, config: (evaluate(weights).loss, {}),
+        fit_metrics_aggregation_fn=lambda metrics: {},  # without one Flower warns
         initial_parameters=Parameters([wire.pack_array(w) for w in weights], wire.TENSOR_TYPE),
     )
 
@@ -412,10 +421,10 @@ def run(args: argparse.Namespace) -> None:
                 new_weights, record = run_round(server_round, weights, names, strategy, fleet)
                 if new_weights is not None:
                     break
-                print(f"round {server_round}: no usable reply, attempt {attempt} of {ROUND_TRIES}")
+                print(f"round {server_round}: no new model, attempt {attempt} of {ROUND_TRIES}")
             else:
                 raise FederationError(
-                    f"round {server_round} brought no usable reply in {ROUND_TRIES} attempts; "
+                    f"round {server_round} brought no new model in {ROUND_TRIES} attempts; "
                     "the reasons are above"
                 )
             weights = new_weights
@@ -473,8 +482,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"model in {path}, curves in {run_dir / 'report.png'}")
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log shows each line at once
     signal.signal(signal.SIGTERM, terminate)
     try:

@@ -1,10 +1,19 @@
-"""Server addresses as people type them: 192.168.1.10:8080, [fe80::1]:8080, laptop.local:8080."""
+"""What people type: server addresses (192.168.1.10:8080, [fe80::1]:8080) and device names."""
 
 import errno
 import ipaddress
+import re
 import socket
 
 from plumbing.errors import FederationError
+
+
+def check_cid(cid: str) -> None:
+    """Raise FederationError unless `cid` can stand in lines, files and messages as it is."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", cid):
+        raise FederationError(
+            f"--cid {cid[:64]!r} is not made of 1 to 64 letters, digits, '.', '_' and '-'"
+        )
 
 
 class UnknownHost(FederationError):

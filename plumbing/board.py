@@ -14,7 +14,7 @@ def describe_board() -> dict[str, str | int]:
     return {
         "board": os.environ.get("DEVICE_MODEL") or _model_name() or platform.system(),
         "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": os.cpu_count() or 1,
     }
 
 

@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import queue
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,8 +22,9 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.criterion import Criterion
 
 from plumbing import wire
-from plumbing.addresses import join_address, listening_addresses, reachable_address
-from plumbing.errors import BadReply
+from plumbing.addresses import check_cid, join_address, listening_addresses, reachable_address
+from plumbing.errors import BadReply, FederationError
+from plumbing.updates import clean_metrics
 
 GREETING_SECONDS = 300.0  # to say what it is; a Pi may have to cut its partition first
 GOODBYE_SECONDS = 5.0
@@ -36,7 +36,7 @@ class Device:
     """A connected device; the handle that strategies know as ClientProxy."""
 
     cid: str  # unique; "?1", "?2", … for clients that do not say who they are
-    properties: dict[str, Any]
+    properties: Mapping[str, Any]  # what it said of itself, cleaned
     requests: asyncio.Queue = field(default_factory=asyncio.Queue, repr=False)
 
     @property
@@ -220,12 +220,12 @@ class Fleet(ClientManager):
             self.register(device)
             return device
 
-        cid = str(properties["cid"])
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", cid):
-            reason = f"--cid {cid[:64]!r} is not made of 1 to 64 letters, digits, '.', '_', '-'"
-            self.refuse(f"client at {context.peer()}", reason)
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
-        device = Device(cid, properties)
+        device = Device(str(properties["cid"]), clean_metrics(properties))
+        try:
+            check_cid(device.cid)
+        except FederationError as error:
+            self.refuse(f"client at {context.peer()}", str(error))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         if objection := self.admit(properties):
             self.refuse(device.name, objection)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, objection)
@@ -234,7 +234,7 @@ class Fleet(ClientManager):
         deadline = time.monotonic() + self.keepalive_seconds * 1.5 + 1
         while not self.register(device):
             if time.monotonic() > deadline:
-                reason = f"a device with --cid={cid} is connected already; give each its own"
+                reason = f"a device with --cid={device.cid} is connected already; give each its own"
                 self.refuse(device.name, reason)
                 await context.abort(grpc.StatusCode.ALREADY_EXISTS, reason)
             await asyncio.sleep(0.1)

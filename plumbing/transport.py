@@ -3,6 +3,7 @@
 One process, one channel. `serve` returns when the server says that the run is over.
 """
 
+import logging
 import queue
 import random
 import time
@@ -16,6 +17,8 @@ from flwr.client import NumPyClient
 from plumbing import wire
 from plumbing.addresses import UnknownHost, resolve
 from plumbing.errors import FederationError, Refused
+
+logger = logging.getLogger(__name__)
 
 JOIN = "/flwr.proto.FlowerService/Join"
 MAX_PAUSE_SECONDS = 30.0
@@ -71,9 +74,9 @@ def serve(
                 )
             pause = min(pause, left)
         if outcome.connected:
-            print(f"left {server_address} ({outcome.reason}), next try in {pause:.0f} s")
+            logger.info(f"left {server_address} ({outcome.reason}), next try in {pause:.0f} s")
         else:
-            print(
+            logger.info(
                 f"no server at {server_address} yet ({outcome.reason}), "
                 f"next try in {pause:.0f} s (is server.py running there?)"
             )

@@ -1,0 +1,125 @@
+"""Real servers and clients in processes of their own, on tiny synthetic data."""
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Process:
+    """A program of the project whose lines can be waited for."""
+
+    def __init__(self, *command: str | Path, cwd: Path | None = None) -> None:
+        self.lines: list[str] = []
+        self._new: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        # One thread each, and SIGINT as in a terminal (a CI may run us with it ignored).
+        self.popen = subprocess.Popen(
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=cwd,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.popen.stdout
+        for line in self.popen.stdout:
+            self._new.put(line.rstrip("\n"))
+        self._new.put(None)
+
+    def wait_for(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+        """Return the match of the next line, from where the last call stopped, that has it."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                line = self._new.get(timeout=max(0, deadline - time.monotonic()))
+            except queue.Empty:
+                line = None
+            if line is None:
+                raise AssertionError(f"no line with {pattern!r} in:\n{self.output}")
+            self.lines.append(line)
+            if match := re.search(pattern, line):
+                return match
+
+    def finish(self, seconds: float = 60) -> int:
+        """Wait for the end; return the exit code, the output is in `lines` then."""
+        code = self.popen.wait(seconds)
+        while (line := self._new.get(timeout=10)) is not None:
+            self.lines.append(line)
+        return code
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def signal(self, number: int) -> None:
+        self.popen.send_signal(number)
+
+
+@pytest.fixture
+def launch() -> Iterator[Callable[..., Process]]:
+    """Start programs; whatever still runs when the test ends is killed."""
+    started: list[Process] = []
+
+    def start(*command: str | Path, **kwargs: Path) -> Process:
+        started.append(Process(*command, **kwargs))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.popen.poll() is None:
+            os.killpg(process.popen.pid, signal.SIGKILL)
+            process.popen.wait()
+
+
+@pytest.fixture
+def start_server(
+    launch: Callable[..., Process], tmp_path: Path
+) -> Callable[..., tuple[Process, str]]:
+    """Start server.py on a free port; return it and its address once it listens."""
+
+    def start(*arguments: str, **options: str) -> tuple[Process, str]:
+        settings = {
+            "server_address": "127.0.0.1:0",
+            "data_dir": "synthetic:400",
+            "run_dir": str(tmp_path / "run"),
+            **options,
+        }
+        flags = [f"--{name}={value}" for name, value in settings.items()]
+        server = launch(sys.executable, ROOT / "server.py", *flags, *arguments)
+        address = server.wait_for(r"waiting for \d+ devices at (\S+) ")[1]
+        return server, address
+
+    return start
+
+
+@pytest.fixture
+def start_client(launch: Callable[..., Process]) -> Callable[..., Process]:
+    """Start client.py against a server."""
+
+    def start(address: str, cid: str | int, *arguments: str, **options: str) -> Process:
+        settings = {
+            "server_address": address,
+            "cid": str(cid),
+            "data_dir": "synthetic:400",
+            "max_wait_seconds": "60",
+            **options,
+        }
+        flags = [f"--{name}={value}" for name, value in settings.items()]
+        return launch(sys.executable, ROOT / "client.py", *flags, *arguments)
+
+    return start

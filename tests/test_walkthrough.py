@@ -1,0 +1,281 @@
+"""The walk-through with real processes and real gRPC."""
+
+import json
+import signal
+import socket
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.torch
+
+import utils
+from tests.conftest import ROOT
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def test_walk_through_from_start_to_saved_model(start_server, start_client, tmp_path):
+    server, address = start_server(rounds="2", epochs="2")
+    clients = [start_client(address, cid) for cid in (0, 1)]
+
+    assert server.finish() == 0
+    assert [client.finish() for client in clients] == [0, 0]
+
+    for cid, client in enumerate(clients):
+        assert f"Client {cid}: connected to {address}" in client.lines
+        assert client.lines.count(f"Client {cid}: fit") == 2
+        assert client.lines.count("Training 2 epoch(s) w/ 6 batches each") == 2  # 200 // 32
+        assert sum(line.startswith("Epoch took: ") for line in client.lines) == 4
+    assert "device 0 joined: " in server.output
+    assert ", Net, 200 synthetic images" in server.output
+    assert "round 2/2  devices 2/2  loss " in server.output
+
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoint.safetensors", "model.safetensors", "report.png",
+    }  # fmt: skip
+    assert json.loads((run / "config.json").read_text())["epochs"] == 2
+    rounds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [metrics["server_round"] for metrics in rounds] == [1, 2]
+    assert [device["name"] for device in rounds[1]["devices"]] == ["device 0", "device 1"]
+    assert rounds[1]["devices"][0]["num_examples"] == 192
+    assert rounds[1]["test_images"] == "80 synthetic images"
+    with safetensors.safe_open(run / "checkpoint.safetensors", "np") as checkpoint:
+        assert checkpoint.metadata()["server_round"] == "2"
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+
+    net = utils.build_model("Net", 10)
+    net.load_state_dict(safetensors.torch.load_file(run / "model.safetensors"))
+    accuracy = utils.test(net, utils.load_data("synthetic:400", "test")).accuracy
+    assert accuracy == pytest.approx(rounds[1]["accuracy"], abs=0.02)
+    assert (
+        f"test accuracy {100 * rounds[1]['accuracy']:.1f} % on 80 synthetic images" in server.output
+    )
+    assert f"model in {run / 'model.safetensors'}" in server.output
+
+
+def test_client_started_before_its_server_waits_for_it(start_server, start_client):
+    address = f"127.0.0.1:{free_port()}"
+    client = start_client(address, 0)
+    client.wait_for(f"no server at {address} yet .* next try in .* .is server.py running there")
+
+    server, _ = start_server(
+        server_address=address, rounds="1", min_num_clients="1", min_sample_size="1"
+    )
+    assert (server.finish(), client.finish()) == (0, 0)
+
+
+def test_clients_of_a_killed_server_join_the_next_one(start_server, start_client, tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    server, _ = start_server(server_address=address, rounds="1000")
+    clients = [start_client(address, cid) for cid in (0, 1)]
+    server.wait_for("round 1/1000")
+    server.signal(signal.SIGKILL)
+    server.finish()
+    for client in clients:
+        client.wait_for(f"left {address} .* next try in")
+
+    server, _ = start_server(server_address=address, rounds="1", run_dir=str(tmp_path / "second"))
+    assert server.finish() == 0
+    assert [client.finish() for client in clients] == [0, 0]
+
+
+def test_run_with_a_seed_repeats_itself(start_server, start_client, tmp_path):
+    models = []
+    for attempt in ("a", "b"):
+        server, address = start_server(
+            rounds="2", seed="5", partition="dirichlet:1", run_dir=str(tmp_path / attempt)
+        )
+        # The other order of arrival must not matter.
+        order = (0, 1) if attempt == "a" else (1, 0)
+        clients = []
+        for cid in order:
+            clients.append(start_client(address, cid))
+            server.wait_for(f"device {cid} joined")
+        assert server.finish() == 0
+        models.append((tmp_path / attempt / "model.safetensors").read_bytes())
+    assert models[0] == models[1]
+
+
+STOCK_CLIENT = """
+import sys, flwr, numpy as np
+class Stock(flwr.client.NumPyClient):
+    def fit(self, parameters, config):
+        return [p + np.float32(1) for p in parameters], 10, {"seen_lr": config["lr"]}
+flwr.client.start_client(server_address=sys.argv[1], client=Stock().to_client(), insecure=True)
+"""
+
+
+def test_stock_flower_client_trains_in_our_run(start_server, launch, tmp_path):
+    server, address = start_server(rounds="2", min_num_clients="1", min_sample_size="1")
+    client = launch(sys.executable, "-c", STOCK_CLIENT, address)
+    assert server.finish() == 0
+    assert client.finish() == 0
+    assert "device ? joined: a client that says nothing of itself" in server.output
+
+    after = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
+    for name, before in utils.build_model("Net", 10, seed=0).state_dict().items():
+        np.testing.assert_allclose(after[name], before + 2, rtol=1e-6)
+
+
+STOCK_SERVER = """
+import sys, flwr
+flwr.server.start_server(
+    server_address=sys.argv[1],
+    config=flwr.server.ServerConfig(num_rounds=2),
+    strategy=flwr.server.strategy.FedAvg(
+        min_fit_clients=1, min_evaluate_clients=1, min_available_clients=1,
+        on_fit_config_fn=lambda server_round: {"epochs": 2},
+    ),
+)
+"""
+
+
+def test_our_client_trains_in_a_stock_flower_run(start_client, launch):
+    address = f"127.0.0.1:{free_port()}"
+    client = start_client(address, "kitchen")
+    server = launch(sys.executable, "-c", STOCK_SERVER, address)
+    assert server.finish() == 0
+    assert client.finish() == 0
+    assert "[SUMMARY]" in server.output
+    assert "round 2: " in server.output  # the history of losses, from our evaluate
+    assert client.lines.count("Training 2 epoch(s) w/ 12 batches each") == 2  # all 400 images
+    assert client.lines.count("Client kitchen: evaluate") == 2
+
+
+def test_device_with_another_model_is_refused_and_the_run_waits_on(start_server, start_client):
+    server, address = start_server(rounds="1", min_num_clients="1", min_sample_size="1")
+    wrong = start_client(address, 0, model="ResNet18")
+    assert wrong.finish() == 1
+    assert wrong.lines[-1].startswith("client.py: it was started with --model ResNet18")
+    server.wait_for("refused device 0: it was started with --model ResNet18, the server with")
+
+    assert start_client(address, 0).finish() == 0
+    assert server.finish() == 0
+
+
+def test_device_with_other_classes_is_refused(start_server, start_client, tmp_path):
+    from PIL import Image
+
+    for name in ("milk", "tomato"):
+        folder = tmp_path / "fridge" / "train" / name
+        folder.mkdir(parents=True)
+        for i in range(40):
+            Image.new("RGB", (40, 30), (i, 2 * i, 3 * i)).save(folder / f"{i}.png")
+    server, address = start_server(min_num_clients="1", min_sample_size="1")
+    wrong = start_client(address, 0, data_dir=str(tmp_path / "fridge"))
+    assert wrong.finish() == 1
+    assert 'its classes are ["milk", "tomato"]' in wrong.lines[-1]
+    server.wait_for("refused device 0: its classes are")
+
+
+@pytest.mark.parametrize(
+    ("cid", "data_dir", "message"),
+    [
+        ("2", "synthetic:400", "--cid 2 is none of the server's 2 partitions (0 to 1)"),
+        ("kitchen", "synthetic:400", "--cid kitchen is none of the server's 2 partitions"),
+        ("0", "synthetic:40", "20 images do not fill a batch of 32; lower --batch_size"),
+    ],
+)
+def test_device_without_a_usable_partition_is_refused(
+    start_server, start_client, cid, data_dir, message
+):
+    server, address = start_server()
+    client = start_client(address, cid, data_dir=data_dir)
+    assert client.finish() == 1
+    assert client.lines[-1].startswith(f"client.py: {message}")
+    server.wait_for(f"refused device {cid}: ")
+
+
+def test_partition_none_trains_on_all_images_under_any_name(start_server, start_client, tmp_path):
+    server, address = start_server(partition="none", rounds="1")
+    clients = [start_client(address, cid) for cid in ("kitchen", "garage-2")]
+    assert server.finish() == 0
+    assert [client.finish() for client in clients] == [0, 0]
+    assert "Training 1 epoch(s) w/ 12 batches each" in clients[0].lines
+    assert "device kitchen joined: " in server.output
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_a_client_in_the_middle_of_an_epoch(start_server, start_client, number, code):
+    server, address = start_server(min_num_clients="1", min_sample_size="1", epochs="100000")
+    client = start_client(address, 0)
+    client.wait_for("Training 100000 epoch")
+    time.sleep(0.5)
+    start = time.monotonic()
+    client.signal(number)
+    assert client.finish() == code
+    assert time.monotonic() - start < 5
+    assert "Traceback" not in client.output
+    server.wait_for("round 1: dropped device 0: the connection broke")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_a_server_and_its_devices_wait_for_the_next(
+    start_server, start_client, number, code
+):
+    server, address = start_server(rounds="1000", min_num_clients="1", min_sample_size="1")
+    client = start_client(address, 0)
+    server.wait_for("round 1/1000")
+    server.signal(number)
+    assert server.finish() == code
+    assert "Traceback" not in server.output
+    client.wait_for(f"left {address}")
+    assert client.popen.poll() is None
+
+
+def test_round_goes_on_without_a_device_that_dies(start_server, start_client):
+    server, address = start_server(rounds="2", epochs="40")
+    survivor = start_client(address, 0)
+    victim = start_client(address, 1)
+    victim.wait_for("Epoch took")
+    victim.signal(signal.SIGKILL)
+    server.wait_for("round 1: dropped device 1: the connection broke")
+    server.wait_for("round 1/2  devices 1/2")
+    server.wait_for(r"waiting for 2 devices at \S+ \(1 connected\)")
+    again = start_client(address, 1)
+    server.wait_for("round 2/2  devices 2/2")
+    assert server.finish() == 0
+    assert (survivor.finish(), again.finish()) == (0, 0)
+
+
+def test_commands_work_from_another_directory(launch, tmp_path):
+    help_text = launch(sys.executable, ROOT / "server.py", "--help", cwd=tmp_path)
+    assert help_text.finish() == 0
+    assert "--server-address" in help_text.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_client_gives_up_after_max_wait_seconds(start_client):
+    client = start_client(f"127.0.0.1:{free_port()}", 0, max_wait_seconds="1")
+    assert client.finish() == 1
+    assert (
+        "for 1 s, giving up (connection refused); is server.py running there?" in client.lines[-1]
+    )
+
+
+def test_model_saved_by_one_run_starts_the_next(start_server, start_client, tmp_path):
+    first = tmp_path / "first"
+    server, address = start_server(
+        rounds="1", min_num_clients="1", min_sample_size="1", run_dir=str(first)
+    )
+    start_client(address, 0)
+    assert server.finish() == 0
+    loss = json.loads((first / "metrics.jsonl").read_text())["loss"]
+
+    server, address = start_server(
+        rounds="1",
+        min_num_clients="1",
+        min_sample_size="1",
+        lr="1e-9",
+        init_weights=str(first / "model.safetensors"),
+    )
+    start_client(address, 0)
+    assert server.finish() == 0
+    again = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["loss"]
+    assert again == pytest.approx(loss, abs=1e-4)
