@@ -69,6 +69,26 @@ class Net(nn.Module):
         return self.fc3(x)
 
 
+class PiNet(nn.Module):
+    """Small CNN for a Raspberry Pi: 46,666 parameters, a quarter less to send than Net."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        # Stride 2 at once: most of Net's time goes into its first layer at full size. From
+        # 16 channels up, in multiples of 8, vector units are full; Net's 6 leave half empty.
+        self.conv1 = nn.Conv2d(3, 16, 6, stride=2, padding=2)
+        self.conv2 = nn.Conv2d(16, 48, 3, padding=1)
+        self.conv3 = nn.Conv2d(48, 64, 3, padding=1)
+        self.fc = nn.Linear(64 * 4 * 4, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = F.relu(self.conv3(x))
+        x = F.adaptive_avg_pool2d(x, 4)  # 4x4 already if the image is 32x32; fits any size
+        return self.fc(x.flatten(1))
+
+
 def resnet18(num_classes: int = 10) -> nn.Module:
     """torchvision's ResNet18 for small images: 3x3 stride-1 stem, no max-pool.
 
@@ -88,6 +108,7 @@ def resnet18(num_classes: int = 10) -> nn.Module:
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "Net": Net,
+    "PiNet": PiNet,
     "ResNet18": resnet18,
 }
 
