@@ -101,10 +101,12 @@ class WeightedMean:
         """Return the mean, in the shapes and types of the model."""
         means = []
         for sums, like in zip(self.sums, self.like, strict=True):
-            mean = sums / (self.num_examples * self.GRID)
+            mean = np.empty(like.size, like.dtype)
             if like.dtype.kind in "iu":  # such as BatchNorm's num_batches_tracked
-                mean = np.rint(mean)
-            means.append(mean.reshape(like.shape).astype(like.dtype))
+                mean[:] = np.rint(sums / (self.num_examples * self.GRID))
+            else:
+                np.divide(sums, self.num_examples * self.GRID, out=mean, casting="unsafe")
+            means.append(mean.reshape(like.shape))
         return means
 
 
