@@ -81,7 +81,7 @@ class RunDirectory:
         """
         path = self.path / name
         data = safetensors.numpy.save(
-            {key: np.ascontiguousarray(value) for key, value in weights.items()}, dict(notes)
+            {key: np.asarray(value, order="C") for key, value in weights.items()}, dict(notes)
         )
         try:
             write_whole(path, data)

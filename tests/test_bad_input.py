@@ -62,7 +62,7 @@ def server_complaint(tmp_path: Path, *arguments: str) -> str:
             ["--min_sample_size=3"],
             "--min_sample_size 3 is above --min_num_clients 2; a round cannot sample",
         ),
-        (["--model=Resnet18"], "no model 'Resnet18'; utils.MODELS has Net, ResNet18"),
+        (["--model=Resnet18"], "no model 'Resnet18'; utils.MODELS has Net, PiNet"),
         (["--partition=random"], "no partition 'random'; say iid, none or dirichlet:0.5"),
         (["--partition=dirichlet:-1"], "no partition 'dirichlet:-1'"),
         (["--strategy=FedSGD"], "no strategy 'FedSGD'; there are FedAvg, "),
@@ -207,7 +207,7 @@ def test_data_directories_without_use_are_refused_on_both_sides(tmp_path, main):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model=Nett"], "no model 'Nett'; utils.MODELS has Net, ResNet18"),
+        (["--model=Nett"], "no model 'Nett'; utils.MODELS has Net, PiNet"),
         (["--server_address=localhost"], "server address 'localhost' is not HOST:PORT"),
         (
             ["--server_address=no.such.host.invalid:80"],

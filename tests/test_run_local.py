@@ -1,0 +1,86 @@
+"""./run_local.sh: all in one, and no process left behind, however it ends."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.conftest import ROOT, Process
+
+
+def processes(run: Process) -> dict[int, str]:
+    """Return the processes of the run's session with their command lines."""
+    listing = subprocess.run(
+        ["ps", "-s", str(run.popen.pid), "-o", "pid=,args="], capture_output=True, text=True
+    ).stdout
+    return {
+        int(line.split()[0]): line.split(maxsplit=1)[1]
+        for line in listing.splitlines()
+        if "<defunct>" not in line
+    }
+
+
+def pid_of(run: Process, what: str) -> int:
+    return next(pid for pid, command in processes(run).items() if what in command)
+
+
+def assert_nothing_left(run: Process) -> None:
+    deadline = time.monotonic() + 5  # the kernel takes a moment to clear up
+    while processes(run) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes(run) == {}
+
+
+def test_run_shows_all_speakers_and_ends_with_the_model(launch, tmp_path):
+    run = launch(
+        ROOT / "run_local.sh",
+        "--data_dir=synthetic:600", "--rounds", "2", "--model", "PiNet",
+        "--min-num-clients", "3", "--min_sample_size=3", "--run_dir", tmp_path / "run",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert run.finish() == 0
+    for name in ("server  ", "client 0", "client 1", "client 2"):
+        assert any(line.startswith(f"{name} | ") for line in run.lines)
+    text = run.output
+    assert re.search(r"server   \| round 2/2  devices 3/3 .* % \(synthetic images\)", text)
+    assert re.search(r"server   \| test accuracy \d+\.\d % on 120 synthetic images", text)
+    assert f"server   | model in {tmp_path}/run/model.safetensors" in run.lines[-1]
+    assert_nothing_left(run)
+
+
+def test_without_internet_it_says_so_and_ctrl_c_leaves_nothing(launch, tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    run = launch(
+        ROOT / "run_local.sh", "--data_dir", tmp_path / "data", "--run_dir", tmp_path / "r"
+    )
+    run.wait_for(r"cannot download CIFAR-10 from .*; going on with synthetic images")
+    run.wait_for("joined: .*25,000 synthetic images")
+    run.wait_for("Training 1 epoch")
+    os.killpg(run.popen.pid, signal.SIGINT)
+    assert run.finish() == 130
+    assert_nothing_left(run)
+
+
+@pytest.mark.parametrize("victim", ["server.py", "client.py"])
+def test_death_of_one_ends_all(launch, tmp_path, victim):
+    run = launch(
+        ROOT / "run_local.sh", "--data_dir=synthetic:400", "--rounds=10000",
+        "--run_dir", tmp_path / "run",
+    )  # fmt: skip
+    run.wait_for("round 1/10000")
+    os.kill(pid_of(run, victim), signal.SIGKILL)
+    assert run.finish() != 0
+    assert_nothing_left(run)
+
+
+def test_wrong_argument_ends_all_with_the_servers_line(launch, tmp_path):
+    run = launch(ROOT / "run_local.sh", "--data_dir=synthetic:400", "--batch_size=0")
+    assert run.finish() == 1
+    assert "server   | server.py: --batch_size 0 is below 1" in run.output
+    assert_nothing_left(run)
+    assert launch(ROOT / "run_local.sh", "--min_num_clients=two").finish() == 1
