@@ -25,6 +25,7 @@ def test_local_epoch_prints_both_ratios_and_that_losses_agree():
     assert "same mathematics: losses differ by" in out
 
 
-def test_time_to_accuracy_prints_its_ratio():
+def test_time_to_accuracy_prints_a_ratio_for_each_model():
     out = short_form("time_to_accuracy")
-    assert re.search(r"^2020/ours  min [\d.]+  median [\d.]+  max [\d.]+", out, re.M)
+    for model in ("Net", "PiNet"):
+        assert re.search(rf"^2020/{model} +min [\d.]+  median [\d.]+  max [\d.]+", out, re.M)
