@@ -51,7 +51,10 @@ def unpack_array(data: bytes | memoryview) -> np.ndarray:
     array = np.frombuffer(data, dtype, count, start)
     if not array.flags.aligned:  # arithmetic on it is twice as slow, which costs more than this
         array = array.copy()
-    return array.reshape(shape, order=order)
+    try:
+        return array.reshape(shape, order=order)
+    except ValueError as error:  # 70 dimensions, say
+        raise BadReply(f"an array that cannot be ({error})") from None
 
 
 def _npy_parts(array: np.ndarray) -> "Parts":
@@ -203,7 +206,8 @@ def decode_fit_reply(data: bytes) -> tuple[list[np.ndarray], int, Scalars]:
     """
     reply, tensors = _open_reply(data, "fit_res")
     if reply.status.code != Code.OK:
-        raise BadReply(f"could not train: {reply.status.message or reply.status.code}")
+        said = reply.status.message[:500] or f"status {reply.status.code}"
+        raise BadReply(f"could not train: {said if said.isprintable() else ascii(said)}")
     weights = [unpack_array(tensor) for tensor in tensors]
     return weights, reply.num_examples, _scalars(reply.metrics)
 
