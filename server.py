@@ -93,7 +93,8 @@ class WeightedMean:
             for start in range(0, flat.size, self.CHUNK):
                 piece = flat[start : start + self.CHUNK]
                 scaled = chunk[: piece.size]
-                np.multiply(piece, num_examples * self.GRID, out=scaled)
+                scaled[:] = piece
+                scaled *= num_examples * self.GRID  # in float64; piece * number is float32
                 np.rint(scaled, out=scaled)
                 sums[start : start + self.CHUNK] += scaled
 
