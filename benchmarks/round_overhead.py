@@ -96,7 +96,6 @@ def take_turn(side: str, model: str, rounds: int, clients: int) -> float:
             running(run_server, address, model, warm_up + rounds, clients, sender)
         )
         sender.close()  # the server's copy is the only one, so recv sees its death
-        wait_until_listening(address, server)
         joined = [stack.enter_context(running(run_client, address)) for _ in range(clients)]
         try:
             if not results.poll(PATIENCE_SECONDS):
@@ -126,10 +125,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_until_listening(address: str, server: Any) -> None:
-    """A stock client gives up at once when no server is there."""
+def wait_until_listening(address: str) -> None:
+    """Wait, as a stock client would not: it gives up when no server is there."""
     host, port = address.split(":")
-    while server.is_alive():
+    while True:
         with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
             return
         time.sleep(0.05)
@@ -169,6 +168,7 @@ def our_server(address: str, model: str, rounds: int, clients: int, results: Con
 def our_client(address: str) -> None:
     from plumbing.transport import serve
 
+    wait_until_listening(address)
     serve(address, Echo(), on_connected=lambda: None)
 
 
@@ -205,6 +205,7 @@ def stock_server(address: str, model: str, rounds: int, clients: int, results: C
 def stock_client(address: str) -> None:
     from flwr.client import start_client
 
+    wait_until_listening(address)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     start_client(server_address=address, client=Echo().to_client())
 

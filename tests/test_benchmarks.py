@@ -1,4 +1,4 @@
-"""The short form of each benchmark of local training runs and prints its ratios.
+"""The short form of each benchmark runs and prints its ratios.
 
 It asserts no times: other load on the machine would decide.
 """
@@ -11,21 +11,30 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def short_form(name: str) -> str:
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--short", "--threads", "1"]
+def short_form(name: str, *flags: str) -> str:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--short", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_local_epoch_prints_both_ratios_and_that_losses_agree():
-    out = short_form("local_epoch")
+    out = short_form("local_epoch", "--threads", "1")
     for ratio in ("2020/ours", "ours/bare"):
         assert re.search(rf"^{ratio}  min [\d.]+  median [\d.]+  max [\d.]+", out, re.M)
     assert "same mathematics: losses differ by" in out
 
 
 def test_time_to_accuracy_prints_a_ratio_for_each_model():
-    out = short_form("time_to_accuracy")
+    out = short_form("time_to_accuracy", "--threads", "1")
     for model in ("Net", "PiNet"):
         assert re.search(rf"^2020/{model} +min [\d.]+  median [\d.]+  max [\d.]+", out, re.M)
+
+
+def test_round_overhead_prints_its_ratio():
+    out = short_form("round_overhead")
+    assert re.search(
+        r"^Net +ours [\d.]+ ms +stock [\d.]+ ms +ratio min [\d.]+  median [\d.]+  max [\d.]+",
+        out,
+        re.M,
+    )
