@@ -77,7 +77,7 @@ class WeightedMean:
     """
 
     GRID = 2.0**24
-    CHUNK = 1 << 15  # numbers at a time: three passes over what stays in the L2 cache
+    CHUNK = 1 << 15  # numbers at a time: four passes over what stays in the L2 cache
 
     def __init__(self, like: Sequence[np.ndarray]) -> None:
         self.like = like
@@ -249,7 +249,8 @@ def wait_for_devices(fleet: Fleet, count: int) -> None:
     """Wait until `count` devices are connected, and say so whenever their number changes."""
     with fleet.changed:
         while (connected := fleet.num_available()) < count:
-            print(f"waiting for {count} devices at {fleet.address} ({connected} connected)")
+            devices = "1 device" if count == 1 else f"{count} devices"
+            print(f"waiting for {devices} at {fleet.address} ({connected} connected)")
             fleet.changed.wait()
 
 

@@ -119,7 +119,7 @@ def _serve_once(
         outcome.reason = "its name cannot be looked up, no network?"
     except grpc.RpcError as error:
         if error.code() in REFUSALS:
-            raise Refused(error.details()) from None
+            raise Refused(f"the server refuses this device: {error.details()}") from None
         outcome.reason = _plain_words(error)
     return outcome
 

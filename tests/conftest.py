@@ -101,7 +101,7 @@ def start_server(
         }
         flags = [f"--{name}={value}" for name, value in settings.items()]
         server = launch(sys.executable, ROOT / "server.py", *flags, *arguments)
-        address = server.wait_for(r"waiting for \d+ devices at (\S+) ")[1]
+        address = server.wait_for(r"waiting for \d+ devices? at (\S+) ")[1]
         return server, address
 
     return start

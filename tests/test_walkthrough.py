@@ -152,7 +152,9 @@ def test_device_with_another_model_is_refused_and_the_run_waits_on(start_server,
     server, address = start_server(rounds="1", min_num_clients="1", min_sample_size="1")
     wrong = start_client(address, 0, model="ResNet18")
     assert wrong.finish() == 1
-    assert wrong.lines[-1].startswith("client.py: it was started with --model ResNet18")
+    assert wrong.lines[-1].startswith(
+        "client.py: the server refuses this device: it was started with --model ResNet18"
+    )
     server.wait_for("refused device 0: it was started with --model ResNet18, the server with")
 
     assert start_client(address, 0).finish() == 0
@@ -188,7 +190,7 @@ def test_device_without_a_usable_partition_is_refused(
     server, address = start_server()
     client = start_client(address, cid, data_dir=data_dir)
     assert client.finish() == 1
-    assert client.lines[-1].startswith(f"client.py: {message}")
+    assert client.lines[-1].startswith(f"client.py: the server refuses this device: {message}")
     server.wait_for(f"refused device {cid}: ")
 
 
