@@ -481,7 +481,7 @@ def run(args: argparse.Namespace) -> None:
     if unwritten:
         raise unwritten
     path = run_directory.write_weights("model.safetensors", named, notes)
-    title = f"{args.model}, {args.strategy}, {len(testset):,} test images: {testset.source}"
+    title = f"{args.model}, {args.strategy}, tested on {len(testset):,} {testset.source}"
     draw_report(run_dir / "report.png", title, history)
     print(f"model in {path}, curves in {run_dir / 'report.png'}")
 

@@ -21,17 +21,17 @@ def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> 
 
     accuracy.plot(numbers, [100 * metrics["accuracy"] for metrics in rounds], "o-")
     accuracy.set(title="Test accuracy", ylabel="%", ylim=(0, 100))
-    for metrics in rounds[-1:]:
-        accuracy.annotate(
-            f"{100 * metrics['accuracy']:.1f} %",
-            (metrics["server_round"], 100 * metrics["accuracy"]),
-            textcoords="offset points",
-            xytext=(0, 8),
-            ha="center",
-        )
+    last = 100 * rounds[-1]["accuracy"]
+    accuracy.annotate(
+        f"{last:.1f} %",
+        (numbers[-1], last),
+        textcoords="offset points",
+        xytext=(0, 8),
+        ha="center",
+    )
     loss.plot(numbers, [metrics["loss"] for metrics in rounds], "o-", color="tab:red")
     loss.set(title="Test loss", ylabel="cross-entropy")
-    loss.set_ylim(bottom=0)
+    loss.set_ylim(0, 1.1 * max(metrics["loss"] for metrics in rounds))
 
     names = sorted({device["name"] for metrics in rounds for device in metrics["devices"]})
     for name in names:
