@@ -14,7 +14,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -163,7 +163,7 @@ def set_weights(net: nn.Module, weights: Sequence[np.ndarray]) -> None:
 class ImageSet:
     """Images in memory as they come from the disk: 8 bits a channel, not normalised."""
 
-    images: Tensor  # uint8, (N, 3, H, W)
+    images: Tensor  # uint8, (N, 3, H, W); channels-last in memory, the quickest to pick from
     labels: Tensor  # int64, (N,)
     classes: list[str]
     source: str  # "CIFAR-10", "images in /data", "synthetic images"
@@ -174,7 +174,8 @@ class ImageSet:
     def subset(self, indices: np.ndarray) -> "ImageSet":
         """Return the images at `indices` as a set of its own (a copy)."""
         chosen = torch.from_numpy(indices)
-        return ImageSet(self.images[chosen], self.labels[chosen], self.classes, self.source)
+        images = self.images.permute(0, 2, 3, 1)[chosen].permute(0, 3, 1, 2)
+        return ImageSet(images, self.labels[chosen], self.classes, self.source)
 
 
 def load_data(
@@ -312,7 +313,7 @@ def _image_folder(data_dir: Path, split: str, image_size: int) -> ImageSet:
             f"({' '.join(sorted(IMAGE_SUFFIXES))})"
         )
 
-    images = np.empty((len(paths), 3, image_size, image_size), np.uint8)
+    images = np.empty((len(paths), image_size, image_size, 3), np.uint8).transpose(0, 3, 1, 2)
     broken: dict[int, str] = {}
 
     def decode(first: int) -> None:
@@ -429,6 +430,7 @@ def _synthetic(name: str, split: str, image_size: int) -> ImageSet:
     if image_size != 32:
         tensor = F.interpolate(tensor, size=(image_size, image_size))
     classes = [f"pattern {i}" for i in range(10)]
+    tensor = tensor.contiguous(memory_format=torch.channels_last)
     return ImageSet(tensor, torch.from_numpy(labels), classes, "synthetic images")
 
 
@@ -540,7 +542,8 @@ class TrainLoader:
             raise TaskError(
                 f"{len(data)} images do not fill a batch of {batch_size}; lower --batch_size"
             )
-        self.images, self.labels = data.images.to(device), data.labels.to(device)
+        self.pixels = data.images.permute(0, 2, 3, 1).contiguous().to(device)  # (N, H, W, 3)
+        self.labels = data.labels.to(device)
         self.batch_size = batch_size
         self.flip = flip
         self.generator = torch.Generator().manual_seed(seed)
@@ -553,19 +556,47 @@ class TrainLoader:
         coins = torch.rand(len(self.labels), generator=self.generator) < 0.5
         used = len(self) * self.batch_size
         # Blocks of about 1 MB still lie in the processor's cache when the step reads them.
-        block = self.batch_size * max(1, 2**20 // self.images[: self.batch_size].nbytes)
-        for chosen, mirrored in zip(
-            order[:used].split(block), coins[:used].split(block), strict=True
-        ):
-            chosen, mirrored = chosen.to(self.images.device), mirrored.to(self.images.device)
-            images = self.images[chosen]
+        block = self.batch_size * max(1, 2**20 // self.pixels[: self.batch_size].nbytes)
+        for chosen, coin in zip(order[:used].split(block), coins[:used].split(block), strict=True):
+            chosen = chosen.to(self.pixels.device)
+            pixels = self.pixels.index_select(0, chosen)
             if self.flip:
-                images[mirrored] = images[mirrored].flip(3)
+                mirrored = coin.nonzero().squeeze(1).to(pixels.device)
+                pixels.index_copy_(0, mirrored, pixels.index_select(0, mirrored).flip(2))
             yield from zip(
-                normalise(images).split(self.batch_size),
+                normalise(pixels.permute(0, 3, 1, 2)).split(self.batch_size),
                 self.labels[chosen].split(self.batch_size),
                 strict=True,
             )
+
+
+class SGD:
+    """Nesterov SGD; the same numbers as torch.optim.SGD(nesterov=True), at a lower price.
+
+    The first optimizer of torch.optim imports torch._dynamo and SymPy: 867 modules, 105 MB
+    and 2 seconds on an x86-64 machine, of which a Raspberry Pi has none to spare. Each of
+    its steps takes 0.1 ms more as well.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], momentum: float) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.velocities = [torch.zeros_like(p) for p in self.parameters]
+        self.momentum = momentum
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Move each parameter p with velocity v: v = mu v + grad, p -= lr (grad + mu v)."""
+        pairs = zip(self.parameters, self.velocities, strict=True)
+        used = [(p, p.grad, v) for p, v in pairs if p.grad is not None]
+        p, grad, v = (list(column) for column in zip(*used, strict=True))
+        torch._foreach_mul_(v, self.momentum)
+        torch._foreach_add_(v, grad)
+        torch._foreach_add_(p, grad, alpha=-lr)
+        torch._foreach_add_(p, v, alpha=-lr * self.momentum)
 
 
 def train(
@@ -589,10 +620,7 @@ def train(
             the weights that came in (Li et al. 2018, arXiv:1812.06127).
     """
     net.to(device).train()
-    # fused: one kernel for all arrays, where ten small ones took 0.3 ms of each 4 ms step.
-    optimizer = torch.optim.SGD(
-        net.parameters(), lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True
-    )
+    optimizer = SGD(net.parameters(), momentum)
     lr_end = lr if lr_end is None else lr_end
     global_weights = [p.detach().clone() for p in net.parameters()] if proximal_mu else []
     batches = len(trainloader)
@@ -602,7 +630,6 @@ def train(
         total_loss = torch.zeros((), device=device)
         for batch, (images, labels) in enumerate(trainloader):
             done = (epoch * batches + batch) / (epochs * batches)
-            optimizer.param_groups[0]["lr"] = lr + (lr_end - lr) * done
             optimizer.zero_grad()
             loss = F.cross_entropy(net(images), labels)
             loss.backward()
@@ -610,7 +637,7 @@ def train(
                 for p, w in zip(net.parameters(), global_weights, strict=True):
                     if p.grad is not None:
                         p.grad.add_(p.detach() - w, alpha=proximal_mu)
-            optimizer.step()
+            optimizer.step(lr + (lr_end - lr) * done)
             total_loss += loss.detach()
             if sys.stdout.isatty() and time.perf_counter() - shown > 0.3:
                 shown = time.perf_counter()

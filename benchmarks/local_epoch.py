@@ -82,7 +82,7 @@ def some_images(data_dir: str, images: int) -> utils.ImageSet:
 
 
 def epoch_of_2020(data: utils.ImageSet) -> None:
-    ancestor.train(utils.build_model("Net"), ancestor.loader(data, BATCH_SIZE))
+    ancestor.train(ancestor.build_net(), ancestor.loader(data, BATCH_SIZE))
 
 
 def our_epoch(data: utils.ImageSet) -> None:
@@ -93,13 +93,11 @@ def our_epoch(data: utils.ImageSet) -> None:
 def bare_steps(data: utils.ImageSet) -> None:
     net = utils.build_model("Net").train()
     images, labels = next(iter(utils.TrainLoader(data, BATCH_SIZE)))
-    optimizer = torch.optim.SGD(
-        net.parameters(), lr=utils.LR, momentum=0.9, nesterov=True, fused=True
-    )
+    optimizer = utils.SGD(net.parameters(), momentum=0.9)
     for _ in range(len(data) // BATCH_SIZE):
         optimizer.zero_grad()
         F.cross_entropy(net(images), labels).backward()
-        optimizer.step()
+        optimizer.step(utils.LR)
 
 
 def silent(line: str) -> None:
@@ -118,17 +116,20 @@ def largest_difference(data: utils.ImageSet, steps: int = 100) -> float:
     order = torch.cat([i for _, i in utils.TrainLoader(numbered, BATCH_SIZE, seed=1, flip=False)])
     labels = data.labels[order].split(BATCH_SIZE)
 
-    def losses(run: Callable[[nn.Module], object]) -> Tensor:
-        net = utils.build_model("Net")
+    def losses(net: nn.Module, run: Callable[[nn.Module], object]) -> Tensor:
         scores: list[Tensor] = []
         with net.register_forward_hook(lambda _net, _images, out: scores.append(out.detach())):
             run(net)
         return torch.stack([F.cross_entropy(*pair) for pair in zip(scores, labels, strict=True)])
 
     loader = ancestor.loader(data, BATCH_SIZE, order.tolist())
-    theirs = losses(lambda net: ancestor.train(net, loader, lr=PROOF_LR, nesterov=True))
+    theirs = losses(
+        ancestor.build_net(), lambda net: ancestor.train(net, loader, lr=PROOF_LR, nesterov=True)
+    )
     trainloader = utils.TrainLoader(data, BATCH_SIZE, seed=1, flip=False)
-    ours = losses(lambda net: utils.train(net, trainloader, lr=PROOF_LR, log=silent))
+    ours = losses(
+        utils.build_model("Net"), lambda net: utils.train(net, trainloader, lr=PROOF_LR, log=silent)
+    )
     return float((ours - theirs).abs().max())
 
 

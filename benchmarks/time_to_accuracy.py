@@ -16,6 +16,7 @@ time at the target or above it counts.
 import argparse
 import sys
 import time
+from functools import partial
 
 import torch
 from torch import nn
@@ -83,7 +84,8 @@ def main() -> None:
     def seconds(name: str, seed: int) -> float:
         """Train until the target; print and return how many seconds that took."""
         torch.manual_seed(seed)  # the DataLoader shuffles by it
-        net = utils.build_model("Net" if name == "2020" else name, len(data.classes), seed)
+        build = ancestor.build_net if name == "2020" else partial(utils.build_model, name)
+        net = build(len(data.classes), seed)
         clock = Clock(test_data, args.target / 100, args.every)
         net.register_forward_pre_hook(clock)
         try:

@@ -3,6 +3,9 @@
 import copy
 import dataclasses
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,13 +234,13 @@ def test_training_with_the_same_seed_repeats_bit_for_bit(data):
 def rates(monkeypatch) -> list[float]:
     """The learning rate of every step that is taken."""
     seen: list[float] = []
-    step = torch.optim.SGD.step
+    step = utils.SGD.step
 
-    def recording_step(self, *args):
-        seen.append(self.param_groups[0]["lr"])
-        return step(self, *args)
+    def recording_step(self, lr):
+        seen.append(lr)
+        return step(self, lr)
 
-    monkeypatch.setattr(torch.optim.SGD, "step", recording_step)
+    monkeypatch.setattr(utils.SGD, "step", recording_step)
     return seen
 
 
@@ -250,6 +253,31 @@ def test_learning_rate_falls_linearly_over_all_epochs(rates, data):
 def test_learning_rate_is_constant_without_an_end(rates, data):
     utils.train(utils.build_model("Net"), utils.TrainLoader(data, 160), lr=0.05, log=silent)
     assert rates == [0.05] * 4
+
+
+def test_sgd_takes_the_steps_of_torchs_nesterov_sgd(data):
+    nets = [utils.build_model("Net") for _ in range(2)]
+    ours = utils.SGD(nets[0].parameters(), momentum=0.9)
+    theirs = torch.optim.SGD(nets[1].parameters(), lr=1.0, momentum=0.9, nesterov=True)
+    for (images, labels), lr in zip(utils.TrainLoader(data, 32), (0.05, 0.03, 0.01), strict=False):
+        theirs.param_groups[0]["lr"] = lr
+        for net, optimizer in zip(nets, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(net(images), labels).backward()
+        ours.step(lr)
+        theirs.step()
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_training_does_not_import_the_compiler():
+    code = (
+        "import sys, utils\n"
+        "data = utils.load_data('synthetic:64', 'train')\n"
+        "utils.train(utils.build_model('Net'), utils.TrainLoader(data, 32))\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(utils.__file__).parent)
 
 
 def by_hand(net: nn.Module, batches, lr: float, mu: float) -> nn.Module:
