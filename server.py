@@ -480,10 +480,12 @@ def run(args: argparse.Namespace) -> None:
     print(f"\ntest accuracy {100 * result.accuracy:.1f} % on {len(testset):,} {testset.source}")
     if unwritten:
         raise unwritten
-    path = run_directory.write_weights("model.safetensors", named, notes)
+    run_directory.write_weights("model.safetensors", named, notes)
     title = f"{args.model}, {args.strategy}, tested on {len(testset):,} {testset.source}"
     draw_report(run_dir / "report.png", title, history)
-    print(f"model in {path}, curves in {run_dir / 'report.png'}")
+    here = Path.cwd()
+    shown = run_dir.relative_to(here) if run_dir.is_relative_to(here) else run_dir
+    print(f"model in {shown / 'model.safetensors'}, curves in {shown / 'report.png'}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

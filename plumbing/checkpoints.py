@@ -73,8 +73,8 @@ class RunDirectory:
 
     def write_weights(
         self, name: str, weights: Mapping[str, np.ndarray], notes: Mapping[str, str]
-    ) -> Path:
-        """Write a safetensors file with `notes` as its metadata; return its path.
+    ) -> None:
+        """Write a safetensors file with `notes` as its metadata.
 
         Raises:
             FederationError: it cannot be written; a file of that name is as before.
@@ -87,7 +87,6 @@ class RunDirectory:
             write_whole(path, data)
         except OSError as error:
             raise FederationError(f"cannot write '{path}' ({error.strerror})") from error
-        return path
 
 
 def write_whole(path: Path, data: bytes) -> None:
