@@ -1,6 +1,6 @@
 """How long a local epoch of Net takes, beside the ancestor's way and beside the bare step.
 
-    python -m benchmarks.local_epoch --data_dir data
+    python benchmarks/local_epoch.py --data_dir data
 
 Three ways take turns in one process, each an epoch over the same images, batch 32:
 
@@ -19,10 +19,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere
 
 import utils
 from benchmarks import ancestor

@@ -1,7 +1,7 @@
 """What a round costs without training, beside stock Flower: weights go out and come back.
 
-    python -m benchmarks.round_overhead
-    python -m benchmarks.round_overhead --model ResNet18 --repeats 9
+    python benchmarks/round_overhead.py
+    python benchmarks/round_overhead.py --model ResNet18 --repeats 9
 
 One server and its clients, a process each, over loopback. The clients return the weights
 that came, so a round is two transfers per client and an average. The two sides take turns:
@@ -24,10 +24,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flwr.client import NumPyClient
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere
 
 from plumbing.settings import Settings
 

@@ -1,6 +1,6 @@
 """How many seconds of local training it takes to reach 50 % test accuracy, then and now.
 
-    python -m benchmarks.time_to_accuracy --data_dir data
+    python benchmarks/time_to_accuracy.py --data_dir data
 
     2020   Net, PIL images through a DataLoader, SGD at 0.001 with momentum 0.9, for as long as
            it takes (benchmarks/ancestor.py)
@@ -17,9 +17,12 @@ import argparse
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere
 
 import utils
 from benchmarks import ancestor
