@@ -38,11 +38,11 @@ class Client(NumPyClient):
     ) -> None:
         self.cid = cid
         self.model = model
-        self.data = data  # all the images here; `_trainset` is this device's part of them
+        self.data = data  # all the images at first, then this device's part of them
+        self.cut: tuple[str, int, int] | None = None  # which part: scheme, number of parts, seed
         self.data_dir = data_dir
         self.device = device
         self.net = utils.build_model(model, len(data.classes))
-        self.part: tuple[Any, utils.ImageSet] = (None, data)
 
     def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
         """Say what this device is, and what it will train on or why it cannot."""
@@ -115,13 +115,16 @@ class Client(NumPyClient):
             ) from None
 
     def _trainset(self, settings: Settings) -> utils.ImageSet:
-        """Return this device's part of the images."""
-        key = (settings.partition, settings.num_partitions, settings.seed)
-        if self.part[0] != key:
-            self.part = (key, self._cut(*key))
-        return self.part[1]
+        """Return this device's part of the images, and let go of the others."""
+        cut = (settings.partition, settings.num_partitions, settings.seed)
+        if self.cut != cut:
+            if self.cut:  # another server, or the same with other flags
+                size = utils.image_size(self.model)
+                self.data, self.cut = utils.load_data(self.data_dir, "train", size), None
+            self.data, self.cut = self._part(*cut), cut
+        return self.data
 
-    def _cut(self, scheme: str, num_partitions: int, seed: int) -> utils.ImageSet:
+    def _part(self, scheme: str, num_partitions: int, seed: int) -> utils.ImageSet:
         if scheme == "none":
             return self.data
         if not (self.cid.isascii() and self.cid.isdigit() and int(self.cid) < num_partitions):
