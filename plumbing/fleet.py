@@ -115,8 +115,8 @@ class Fleet(ClientManager):
         with self.changed:
             if client.cid in self.devices:
                 return False
-            self.devices[client.cid] = client
             self.announce(client, "joined")
+            self.devices[client.cid] = client
             self.changed.notify_all()
         return True
 
@@ -200,8 +200,8 @@ class Fleet(ClientManager):
                 while await self._serve_one(device, context):
                     pass
             finally:
-                self.unregister(device)
                 self._answer_for_the_lost(device)
+                self.unregister(device)
         finally:
             self._joins.discard(task)
 
