@@ -8,67 +8,9 @@
 # downloaded if it is not there; without Internet synthetic images, named as such.
 set -euo pipefail
 
-cd "$(dirname "${BASH_SOURCE[0]}")"
-
-# option NAME DEFAULT ARGUMENT...: the value that the arguments give to --NAME
-option() {
-  local name=$1 value=$2
-  shift 2
-  while (($#)); do
-    case ${1//-/_} in
-      "__$name") value=${2-} ;;
-      "__$name="*) value=${1#*=} ;;
-    esac
-    shift
-  done
-  printf '%s\n' "$value"
-}
-
-clients=$(option min_num_clients 2 "$@")
-model=$(option model Net "$@")
-data_dir=$(option data_dir "$PWD/data" "$@")
-address=$(option server_address "" "$@")
-if [[ ! $clients =~ ^[1-9][0-9]*$ ]]; then
-  echo "run_local.sh: --min_num_clients $clients is no number of clients; say 1 or more" >&2
-  exit 1
-fi
-
-python=$(plumbing/venv.sh requirements.txt)
-for argument in "$@"; do
-  case $argument in -h | --help) exec "$python" server.py --help ;; esac
-done
-
-if [[ $data_dir != synthetic* && ! -d $data_dir/train && ! -d $data_dir/cifar-10-batches-py ]]; then
-  echo "fetching CIFAR-10 into $data_dir (170 MB, once)"
-  code=0
-  problem=$("$python" utils.py --data_dir "$data_dir" 2>&1 >/dev/null) || code=$?
-  if ((code == 3)); then
-    echo "${problem#utils.py: }; going on with synthetic images"
-    data_dir=synthetic
-  elif ((code)); then
-    echo "$problem" >&2
-    exit "$code"
-  fi
-fi
-if [[ -z $address ]]; then
-  address=127.0.0.1:$("$python" -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
-fi
-cores=$("$python" -c 'import os; print(os.cpu_count() or 1)')
-threads=$((cores > clients ? cores / clients : 1))
-
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 pipes=$(mktemp -d)
-pids=() readers=()
-
-# start NAME COMMAND...: run it in the background, each of its lines behind its name
-start() {
-  local name=$1
-  shift
-  mkfifo "$pipes/$name"
-  while IFS= read -r line; do printf '%-8s | %s\n' "$name" "$line"; done <"$pipes/$name" &
-  readers+=($!)
-  "$@" >"$pipes/$name" 2>&1 &
-  pids+=($!)
-}
+pids=()
 
 # Whatever ends this script ends the others: politely first, then for good.
 # shellcheck disable=SC2329 # called by the trap
@@ -89,10 +31,70 @@ trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+# option NAME DEFAULT ARGUMENT...: the value that the arguments give to --NAME
+option() {
+  local name=$1 value=$2
+  shift 2
+  while (($#)); do
+    case ${1//-/_} in
+      "__$name") value=${2-} ;;
+      "__$name="*) value=${1#*=} ;;
+    esac
+    shift
+  done
+  printf '%s\n' "$value"
+}
+
+clients=$(option min_num_clients 2 "$@")
+model=$(option model Net "$@")
+data_dir=$(option data_dir "$root/data" "$@")
+address=$(option server_address "" "$@")
+if [[ ! $clients =~ ^[1-9][0-9]*$ ]]; then
+  echo "run_local.sh: --min_num_clients $clients is no number of clients; say 1 or more" >&2
+  exit 1
+fi
+
+python=$("$root/plumbing/venv.sh" requirements.txt)
+for argument in "$@"; do
+  case $argument in -h | --help) "$python" "$root/server.py" --help && exit ;; esac
+done
+
+if [[ $data_dir != synthetic* && ! -d $data_dir/train && ! -d $data_dir/cifar-10-batches-py ]]; then
+  echo "fetching CIFAR-10 into $data_dir (170 MB, once)"
+  code=0
+  "$python" "$root/utils.py" --data_dir "$data_dir" >"$pipes/out" 2>&1 &
+  pids=($!)
+  wait "${pids[0]}" || code=$?
+  pids=()
+  problem=$(tail -n 1 "$pipes/out")
+  if ((code == 3)); then
+    echo "${problem#utils.py: }; going on with synthetic images"
+    data_dir=synthetic
+  elif ((code)); then
+    echo "$problem" >&2
+    exit "$code"
+  fi
+fi
+if [[ -z $address || $address == *:0 ]]; then
+  address=127.0.0.1:$("$python" -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
+fi
+cores=$("$python" -c 'import os; print(os.cpu_count() or 1)')
+threads=$((cores > clients ? cores / clients : 1))
+
+# start NAME COMMAND...: run it in the background, each of its lines behind its name
+start() {
+  local name=$1
+  shift
+  mkfifo "$pipes/$name"
+  while IFS= read -r line; do printf '%-8s | %s\n' "$name" "$line"; done <"$pipes/$name" &
+  "$@" >"$pipes/$name" 2>&1 &
+  pids+=($!)
+}
+
 export PYTHONUNBUFFERED=1
-start server "$python" server.py "$@" --server_address "$address" --data_dir "$data_dir"
+start server "$python" "$root/server.py" "$@" --server_address "$address" --data_dir "$data_dir"
 for ((cid = 0; cid < clients; cid++)); do
-  start "client $cid" "$python" client.py --server_address "$address" --cid "$cid" \
+  start "client $cid" "$python" "$root/client.py" --server_address "$address" --cid "$cid" \
     --model "$model" --data_dir "$data_dir" --threads "$threads"
 done
 

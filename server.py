@@ -10,6 +10,7 @@ import argparse
 import inspect
 import json
 import math
+import os
 import platform
 import signal
 import sys
@@ -31,14 +32,14 @@ from plumbing import wire
 from plumbing.addresses import listening_addresses
 from plumbing.checkpoints import RunDirectory, load_weights
 from plumbing.errors import BadReply, FederationError
-from plumbing.fleet import Device, Fleet
+from plumbing.fleet import LOST, Device, Fleet
 from plumbing.report import draw_report
 from plumbing.settings import Settings
 from plumbing.updates import check_update, clean_metrics
 
 ROOT = Path(__file__).resolve().parent
 MOMENTUM = 0.9
-ROUND_TRIES = 3  # how often a round without any valid reply is tried
+ROUND_TRIES = 3  # how often a round with nothing but bad replies is tried
 
 # Flower's strategies that take plain weights, with the settings in which ours differ
 # from Flower's defaults. Set others on the command line: --strategy FedAdam:eta=0.02
@@ -123,15 +124,18 @@ def make_strategy(choice: str, **common: Any) -> FedAvg:
     for item in filter(None, rest.split(",")):
         key, _, value = item.partition("=")
         try:
-            if key not in own:
-                raise ValueError
             settings[key] = known[key].annotation(value)
-        except ValueError:
+            if key not in own or not math.isfinite(settings[key]):
+                raise ValueError
+        except (KeyError, ValueError):
             raise FederationError(
                 f"--strategy {choice}: '{item}' is not NAME=NUMBER; {name} has "
                 f"{', '.join(own) or 'no settings'}"
             ) from None
-    return strategy_class(**settings)
+    try:
+        return strategy_class(**settings)
+    except ValueError as error:
+        raise FederationError(f"--strategy {choice}: {error}") from None
 
 
 def run_round(
@@ -203,7 +207,7 @@ def run_round(
     failures: list[Any] = [BadReply(item["reason"]) for item in dropped]
     try:
         aggregated, _ = strategy.aggregate_fit(server_round, results, failures)
-    except ValueError as error:  # Bulyan's, say, when too few replies are left
+    except (ValueError, TypeError) as error:  # Bulyan's, say, when too few replies are left
         print(f"round {server_round}: {type(strategy).__name__} cannot aggregate: {error}")
         aggregated = None
     if aggregated is None:
@@ -221,17 +225,24 @@ def refusal(properties: Mapping[str, Any], model: str, classes: Sequence[str]) -
         )
     if properties.get("classes") != json.dumps(list(classes)):
         return (
-            f"its classes are {properties.get('classes')}, the server's are "
-            f"{json.dumps(list(classes))}; give both the same class folders"
+            f"its classes are {shortened(properties.get('classes'))}, the server's are "
+            f"{shortened(json.dumps(list(classes)))}; give both the same class folders"
         )
-    return properties.get("problem")
+    problem = properties.get("problem")
+    return None if problem is None else str(problem)
+
+
+def shortened(value: Any) -> str:
+    """Return the first 150 characters of `value`: a hundred classes fill a screen."""
+    text = str(value)
+    return text if len(text) <= 150 else text[:150] + "…"
 
 
 def describe(device: Device) -> str:
     """Return one line's worth of what a device said of itself."""
     said = device.properties
     if "board" not in said:
-        return "a client that says nothing of itself"
+        return "a client that says nothing of its board"
     images = said.get("images")
     kind = "synthetic images" if said.get("source") == "synthetic images" else "images"
     return (
@@ -242,7 +253,15 @@ def describe(device: Device) -> str:
 
 def print_event(device: Device, event: str) -> None:
     """Tell who joined or left."""
-    print(f"{device.name} {event}" + (f": {describe(device)}" if event == "joined" else ""))
+    tell(f"{device.name} {event}" + (f": {describe(device)}" if event == "joined" else ""))
+
+
+def tell(line: str) -> None:
+    """Print from the fleet's thread; when nobody reads any more (`| head`), end the server."""
+    try:
+        print(line)
+    except BrokenPipeError:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def wait_for_devices(fleet: Fleet, count: int) -> None:
@@ -338,8 +357,15 @@ def check_args(args: argparse.Namespace) -> None:
     utils.parse_partition(args.partition)
 
 
+def ignore_signals() -> None:
+    """Let the ending that has begun come to its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def terminate(*_: object) -> NoReturn:
     """End as if by Ctrl-C, but with the exit code that a shell gives to SIGTERM."""
+    ignore_signals()
     sys.exit(128 + signal.SIGTERM)
 
 
@@ -358,7 +384,7 @@ def run(args: argparse.Namespace) -> None:
     weights = utils.get_weights(net)
     if args.init_weights:
         weights = load_weights(
-            Path(args.init_weights), dict(zip(names, weights, strict=True)), args.model
+            Path(args.init_weights).expanduser(), dict(zip(names, weights, strict=True)), args.model
         )
 
     def settings(server_round: int) -> Settings:
@@ -392,45 +418,50 @@ def run(args: argparse.Namespace) -> None:
         initial_parameters=Parameters([wire.pack_array(w) for w in weights], wire.TENSOR_TYPE),
     )
 
-    run_dir = Path(args.run_dir or ROOT / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}")
-    run_directory = RunDirectory(
-        run_dir,
-        {
-            **vars(args),
-            "data_dir": str(data_dir),
-            "test_images": f"{len(testset)} {testset.source}",
-            "classes": testset.classes,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "flwr": flwr.__version__,
-        },
-    )
     fleet = Fleet(
         args.server_address,
         greeting=settings(1).to_config(),
         admit=partial(refusal, model=args.model, classes=testset.classes),
         announce=print_event,
-        refuse=lambda who, reason: print(f"refused {who}: {reason}"),
+        refuse=lambda who, reason: tell(f"refused {who}: {reason}"),
         max_reply_bytes=2 * sum(w.nbytes for w in weights) + (1 << 20),
     )
     run_is_over = False
     history: list[dict[str, Any]] = []
     unwritten = None
     try:
+        default_dir = ROOT / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}"
+        run_dir = Path(args.run_dir).expanduser() if args.run_dir else default_dir
+        run_directory = RunDirectory(
+            run_dir,
+            {
+                **vars(args),
+                "data_dir": str(data_dir),
+                "test_images": f"{len(testset)} {testset.source}",
+                "classes": testset.classes,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "flwr": flwr.__version__,
+            },
+        )
         for server_round in range(1, args.rounds + 1):
-            for attempt in range(1, ROUND_TRIES + 1):
+            attempt = 1
+            while True:
                 wait_for_devices(fleet, args.min_num_clients)
-                fleet.random.seed(f"{args.seed} {server_round}")
+                fleet.random.seed(f"{args.seed} {server_round} {attempt}")
                 start = time.perf_counter()
                 new_weights, record = run_round(server_round, weights, names, strategy, fleet)
                 if new_weights is not None:
                     break
+                if all(item["reason"] == LOST for item in record["dropped"]):
+                    continue  # nobody did wrong: wait until they are back
                 print(f"round {server_round}: no new model, attempt {attempt} of {ROUND_TRIES}")
-            else:
-                raise FederationError(
-                    f"round {server_round} brought no new model in {ROUND_TRIES} attempts; "
-                    "the reasons are above"
-                )
+                attempt += 1
+                if attempt > ROUND_TRIES:
+                    raise FederationError(
+                        f"round {server_round} brought no new model in {ROUND_TRIES} attempts; "
+                        "the reasons are above"
+                    )
             weights = new_weights
             trained = time.perf_counter()
             result = evaluate(weights)
@@ -481,10 +512,10 @@ def run(args: argparse.Namespace) -> None:
     if unwritten:
         raise unwritten
     run_directory.write_weights("model.safetensors", named, notes)
-    title = f"{args.model}, {args.strategy}, tested on {len(testset):,} {testset.source}"
-    draw_report(run_dir / "report.png", title, history)
     here = Path.cwd()
     shown = run_dir.relative_to(here) if run_dir.is_relative_to(here) else run_dir
+    title = f"{args.model}, {args.strategy}, tested on {len(testset):,} {testset.source}"
+    draw_report(run_dir / "report.png", title, history)
     print(f"model in {shown / 'model.safetensors'}, curves in {shown / 'report.png'}")
 
 
@@ -497,6 +528,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (FederationError, utils.TaskError) as error:
         sys.exit(f"server.py: {error}")
     except KeyboardInterrupt:
+        ignore_signals()
         print("server.py: interrupted; devices wait for the next start", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 

@@ -66,7 +66,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=50_000, help="an epoch (default: 50000)")
     parser.add_argument("--target", type=float, default=50.0, help="in %% (default: 50)")
-    parser.add_argument("--limit", type=int, default=30, help="of 2020's, epochs (default: 60)")
+    parser.add_argument("--limit", type=int, default=30, help="of 2020's, epochs (default: 30)")
     parser.add_argument("--every", type=int, default=50, help="steps (default: 50)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--threads", type=int, help="of PyTorch (default: one per core)")

@@ -1,4 +1,4 @@
-"""What people type: server addresses (192.168.1.10:8080, [fe80::1]:8080) and device names."""
+"""What people type: server addresses (192.168.1.10:8080, [fd00::1]:8080) and device names."""
 
 import errno
 import ipaddress
@@ -43,7 +43,7 @@ def parse_address(address: str) -> tuple[str, int]:
     ):
         raise FederationError(
             f"server address '{address}' is not HOST:PORT; "
-            "say 192.168.1.20:8080, laptop.local:8080 or [fe80::1]:8080"
+            "say 192.168.1.20:8080, laptop.local:8080 or [fd00::1]:8080"
         )
     return host, int(port)
 
@@ -83,7 +83,8 @@ def listening_addresses(address: str) -> list[tuple[str, int]]:
     usable = []
     for host, port in resolve(address):
         try:
-            with socket.create_server((host, port), family=_family(host)):
+            dual = host == "::" and socket.has_dualstack_ipv6()  # as gRPC listens there
+            with socket.create_server((host, port), family=_family(host), dualstack_ipv6=dual):
                 usable.append((host, port))
         except OSError as error:
             problem = error.errno or 0

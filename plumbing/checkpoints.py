@@ -33,7 +33,7 @@ class RunDirectory:
         self._unwritten = ""  # metrics that found no room yet
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if (path / "config.json").exists():
+            if (path / "metrics.jsonl").exists():
                 raise FederationError(
                     f"run directory '{path}' holds a run already; choose another --run_dir"
                 )
@@ -57,11 +57,13 @@ class RunDirectory:
         """
         self._unwritten += json.dumps(_without_nan(metrics)) + "\n"
         try:
-            with (self.path / "metrics.jsonl").open("a") as file:
+            # Unbuffered: nothing may be left to be written when the file is cut back.
+            with (self.path / "metrics.jsonl").open("ab", buffering=0) as file:
                 size = file.tell()
                 try:
-                    file.write(self._unwritten)
-                    file.flush()
+                    rest = memoryview(self._unwritten.encode())
+                    while rest:
+                        rest = rest[file.write(rest) :]
                     os.fsync(file.fileno())
                 except OSError:
                     os.truncate(file.fileno(), size)
@@ -119,8 +121,9 @@ def load_weights(path: Path, like: Mapping[str, np.ndarray], model: str) -> list
     except FileNotFoundError:
         raise FederationError(f"no weights file '{path}'") from None
     except OSError as error:
-        raise FederationError(f"cannot read weights file '{path}' ({error.strerror})") from error
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        reason = error.strerror or "not a file"
+        raise FederationError(f"cannot read weights file '{path}' ({reason})") from error
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise FederationError(
             f"weights file '{path}' is damaged or no safetensors file ({error})"
         ) from error
@@ -136,6 +139,8 @@ def load_weights(path: Path, like: Mapping[str, np.ndarray], model: str) -> list
                 f"{another}: {name} is {found[name].dtype} {found[name].shape}, "
                 f"not {array.dtype} {array.shape}"
             )
+        if array.dtype.kind == "f" and not np.isfinite(found[name]).all():
+            raise FederationError(f"weights file '{path}' has non-finite values in {name}")
     return [found[name] for name in like]
 
 

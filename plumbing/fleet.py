@@ -115,7 +115,8 @@ class Fleet(ClientManager):
         with self.changed:
             if client.cid in self.devices:
                 return False
-            self.announce(client, "joined")
+            if not self.closing:
+                self.announce(client, "joined")
             self.devices[client.cid] = client
             self.changed.notify_all()
         return True
@@ -185,7 +186,10 @@ class Fleet(ClientManager):
         self._server.add_generic_rpc_handlers((handlers,))
         host, port = addresses[0]
         for host, _ in reversed(addresses):
-            port = self._server.add_insecure_port(join_address(host, port))
+            try:
+                port = self._server.add_insecure_port(join_address(host, port))
+            except RuntimeError as error:  # somebody took it since `listening_addresses` looked
+                raise FederationError(f"cannot listen at {join_address(host, port)}") from error
         await self._server.start()
         return reachable_address(host, port)
 
@@ -196,6 +200,8 @@ class Fleet(ClientManager):
         self._joins.add(task)
         try:
             device = await self._greet(context)
+            if self.closing:  # it came while the run ended
+                device.requests.put_nowait((None, None))
             try:
                 while await self._serve_one(device, context):
                     pass
@@ -210,8 +216,10 @@ class Fleet(ClientManager):
         await context.write(self.greeting)
         try:
             data = await asyncio.wait_for(context.read(), GREETING_SECONDS)
+            if data is grpc.aio.EOF:
+                raise BadReply("hung up")
             properties = wire.decode_properties_reply(data)
-        except (BadReply, TypeError, TimeoutError) as error:
+        except (BadReply, TimeoutError) as error:
             reason = f"it did not say what it is ({error or 'no answer'})"
             self.refuse(f"client at {context.peer()}", reason)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
@@ -227,6 +235,8 @@ class Fleet(ClientManager):
             self.refuse(f"client at {context.peer()}", str(error))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         if objection := self.admit(properties):
+            # Its own words are in it: on one line, and short enough for gRPC's 16 kB.
+            objection = "".join(c if c.isprintable() else "?" for c in objection[:500])
             self.refuse(device.name, objection)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, objection)
         # A device that lost its power comes back before its dead connection is noticed:

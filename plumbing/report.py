@@ -1,8 +1,11 @@
 """report.png: a run at a glance."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from plumbing.errors import FederationError
 
 
 def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> None:
@@ -10,13 +13,16 @@ def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> 
 
     Args:
         rounds: the lines of metrics.jsonl.
+
+    Raises:
+        FederationError: the picture cannot be written.
     """
     from matplotlib.figure import Figure  # here: it takes half a second that a run can do without
     from matplotlib.ticker import MaxNLocator
 
     numbers = [metrics["server_round"] for metrics in rounds]
     figure = Figure(figsize=(12, 3.8), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a path may hold dollar signs
     accuracy, loss, seconds = figure.subplots(1, 3)
 
     accuracy.plot(numbers, [100 * metrics["accuracy"] for metrics in rounds], "o-")
@@ -31,7 +37,8 @@ def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> 
     )
     loss.plot(numbers, [metrics["loss"] for metrics in rounds], "o-", color="tab:red")
     loss.set(title="Test loss", ylabel="cross-entropy")
-    loss.set_ylim(0, 1.1 * max(metrics["loss"] for metrics in rounds))
+    finite = [metrics["loss"] for metrics in rounds if math.isfinite(metrics["loss"])]
+    loss.set_ylim(0, 1.1 * max(finite, default=0) or 1)
 
     names = sorted({device["name"] for metrics in rounds for device in metrics["devices"]})
     for name in names:
@@ -53,4 +60,8 @@ def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> 
         axes.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise FederationError(f"cannot write '{path}' ({error.strerror})") from error

@@ -68,6 +68,8 @@ def server_complaint(tmp_path: Path, *arguments: str) -> str:
         (["--strategy=FedSGD"], "no strategy 'FedSGD'; there are FedAvg, "),
         (["--strategy=FedAdam:eta=x"], "--strategy FedAdam:eta=x: 'eta=x' is not NAME=NUMBER"),
         (["--strategy=FedAvg:lr=1"], "'lr=1' is not NAME=NUMBER; FedAvg has no settings"),
+        (["--strategy=FedTrimmedAvg:beta=0.6"], "--strategy FedTrimmedAvg:beta=0.6: "),
+        (["--strategy=FedAdam:eta=nan"], "'eta=nan' is not NAME=NUMBER; FedAdam has eta"),
         (["--server_address=8080"], "server address '8080' is not HOST:PORT"),
         (["--server_address=::1:8080"], "server address '::1:8080' is not HOST:PORT"),
         (["--server_address=127.0.0.1:70000"], "server address '127.0.0.1:70000' is not HOST:PORT"),
@@ -100,6 +102,14 @@ def test_port_in_use_is_named(tmp_path):
     assert f"port {port} of '127.0.0.1:{port}' is in use; stop the other server" in line
 
 
+def test_port_in_use_is_named_also_for_all_addresses_of_both_families(tmp_path):
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with socket.create_server(("0.0.0.0", 0)) as other:
+        port = other.getsockname()[1]
+        assert "is in use" in server_complaint(tmp_path, f"--server_address=[::]:{port}")
+
+
 def test_second_server_on_a_port_is_refused(start_server, tmp_path):
     _, address = start_server()
     assert "is in use" in server_complaint(tmp_path / "two", f"--server_address={address}")
@@ -112,6 +122,14 @@ def test_privileged_port_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "create_server", create_server)  # root may take any port
     line = server_complaint(tmp_path, "--server_address=127.0.0.1:80")
     assert "port 80 of '127.0.0.1:80' is for root alone; choose one from 1024 to 65535" in line
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    named = {k: v.numpy() for k, v in utils.build_model("Net", 10).state_dict().items()}
+    named["fc1.bias"][3] = np.nan
+    safetensors.numpy.save_file(named, tmp_path / "w")
+    line = server_complaint(tmp_path, f"--init_weights={tmp_path}/w")
+    assert "has non-finite values in fc1.bias" in line
 
 
 def test_damaged_weights_file_is_refused(tmp_path):
@@ -143,8 +161,15 @@ def test_run_directory_that_is_a_file_is_refused(tmp_path):
 
 def test_run_directory_of_another_run_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{}")
-    assert "holds a run already; choose another --run_dir" in server_complaint(tmp_path)
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    with pytest.raises(SystemExit, match="holds a run already; choose another --run_dir"):
+        server.main(
+            [
+                "--data_dir=synthetic:400",
+                "--server_address=127.0.0.1:0",
+                f"--run_dir={tmp_path}/run",
+            ]
+        )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system of 64 KiB takes root")
@@ -182,8 +207,10 @@ def test_data_directories_without_use_are_refused_on_both_sides(tmp_path, main):
     split = "train" if main is client.main else "test"
 
     def said(data_dir: Path) -> str:
-        arguments = [f"--data_dir={data_dir}", "--server_address=127.0.0.1:0"]
-        return complaint(main, *arguments, *(["--cid=0"] if main is client.main else []))
+        rest = ["--cid=0", "--server_address=127.0.0.1:1"]
+        if main is server.main:
+            rest = ["--server_address=127.0.0.1:0"]
+        return complaint(main, f"--data_dir={data_dir}", *rest)
 
     assert "does not exist; put your images there, or fetch CIFAR-10" in said(tmp_path / "no")
 
@@ -213,6 +240,7 @@ def test_data_directories_without_use_are_refused_on_both_sides(tmp_path, main):
             ["--server_address=no.such.host.invalid:80"],
             "cannot find the host 'no.such.host.invalid'",
         ),
+        (["--server_address=127.0.0.1:0"], "server address '127.0.0.1:0' has no port to go to"),
         (["--threads=0"], "--threads 0 is below 1"),
         (["--cid=a b"], "--cid 'a b' is not made of 1 to 64 letters, digits"),
         (["--cid=../../x"], "--cid '../../x' is not made of"),

@@ -214,6 +214,30 @@ def test_no_host_of_that_name_ends_the_client():
         Adder("0").serve("no.such.host.invalid:8080")
 
 
+def test_device_that_joins_while_the_run_ends_is_told_so_too(open_fleet, join, events):
+    class Slow(Adder):
+        def get_properties(self, config):
+            asked.set()
+            time.sleep(1)
+            return super().get_properties(config)
+
+    asked = threading.Event()
+    fleet = open_fleet()
+    thread = join(Slow("0"), fleet)
+    assert asked.wait(10)
+    fleet.close(run_is_over=True)
+    thread.join(5)
+    assert not thread.is_alive()
+    assert events == []
+
+
+def test_refusal_of_any_length_and_lettering_arrives(open_fleet, events):
+    fleet = open_fleet(admit=lambda properties: "no\n\033[31m" + "x" * 30_000)
+    with pytest.raises(Refused, match="no"):
+        Adder("0").serve(fleet.address)
+    assert events[0].isprintable()
+
+
 # --- A round --------------------------------------------------------------------------
 
 

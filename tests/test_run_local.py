@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 
@@ -38,7 +39,7 @@ def test_run_shows_all_speakers_and_ends_with_the_model(launch, tmp_path):
     run = launch(
         ROOT / "run_local.sh",
         "--data_dir=synthetic:600", "--rounds", "2", "--model", "PiNet",
-        "--min-num-clients", "3", "--min_sample_size=3", "--run_dir", tmp_path / "run",
+        "--min-num-clients", "3", "--min_sample_size=3", "--run_dir", "here/run",
         cwd=tmp_path,
     )  # fmt: skip
     assert run.finish() == 0
@@ -47,7 +48,8 @@ def test_run_shows_all_speakers_and_ends_with_the_model(launch, tmp_path):
     text = run.output
     assert re.search(r"server   \| round 2/2  devices 3/3 .* % \(synthetic images\)", text)
     assert re.search(r"server   \| test accuracy \d+\.\d % on 120 synthetic images", text)
-    assert f"server   | model in {tmp_path}/run/model.safetensors" in run.lines[-1]
+    assert run.lines[-1].startswith("server   | model in here/run/model.safetensors, curves in ")
+    assert (tmp_path / "here/run/model.safetensors").exists()
     assert_nothing_left(run)
 
 
@@ -63,6 +65,20 @@ def test_without_internet_it_says_so_and_ctrl_c_leaves_nothing(launch, tmp_path,
     run.wait_for("Training 1 epoch")
     os.killpg(run.popen.pid, signal.SIGINT)
     assert run.finish() == 130
+    assert_nothing_left(run)
+
+
+def test_sigterm_while_fetching_leaves_nothing(launch, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, says nothing
+        for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        run = launch(ROOT / "run_local.sh", "--data_dir", "data", cwd=tmp_path)
+        run.wait_for("fetching CIFAR-10 into data")
+        silent.settimeout(60)
+        silent.accept()
+        run.signal(signal.SIGTERM)
+        assert run.finish() == 143
     assert_nothing_left(run)
 
 

@@ -118,7 +118,7 @@ def test_stock_flower_client_trains_in_our_run(start_server, launch, tmp_path):
     client = launch(sys.executable, "-c", STOCK_CLIENT, address)
     assert server.finish() == 0
     assert client.finish() == 0
-    assert "device ? joined: a client that says nothing of itself" in server.output
+    assert "device ? joined: a client that says nothing of its board" in server.output
 
     after = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
     for name, before in utils.build_model("Net", 10, seed=0).state_dict().items():
@@ -182,6 +182,7 @@ def test_device_with_other_classes_is_refused(start_server, start_client, tmp_pa
     ("cid", "data_dir", "message"),
     [
         ("2", "synthetic:400", "--cid 2 is none of the server's 2 partitions (0 to 1)"),
+        ("00", "synthetic:400", "--cid 00 is none of the server's 2 partitions"),
         ("kitchen", "synthetic:400", "--cid kitchen is none of the server's 2 partitions"),
         ("0", "synthetic:40", "20 images do not fill a batch of 32; lower --batch_size"),
     ],
