@@ -175,6 +175,7 @@ def run_round(
         except BadReply as error:
             print(f"round {server_round}: dropped {reply.device.name}: {error}")
             dropped.append({"name": reply.device.name, "reason": str(error)})
+            fleet.avoided.add(reply.device.cid)  # should this round be tried again
             continue
         if keep_all:
             packed = Parameters([wire.pack_array(w) for w in update], wire.TENSOR_TYPE)
@@ -357,6 +358,25 @@ def check_args(args: argparse.Namespace) -> None:
     utils.parse_partition(args.partition)
 
 
+def describe_evaluation(result: utils.Evaluation, testset: utils.ImageSet) -> dict[str, Any]:
+    """Return what metrics.jsonl says of an evaluation."""
+    return {
+        "loss": result.loss,
+        "accuracy": result.accuracy,
+        "class_loss": dict(zip(testset.classes, result.class_loss, strict=True)),
+        "class_accuracy": dict(zip(testset.classes, result.class_accuracy, strict=True)),
+        "test_images": f"{len(testset)} {testset.source}",
+    }
+
+
+def print_classes(metrics: Mapping[str, Any]) -> None:
+    """Print loss and accuracy for each class."""
+    width = max(12, *map(len, metrics["class_loss"]))
+    print(f"\n{'class':<{width}}  loss  accuracy")
+    for name, loss in metrics["class_loss"].items():
+        print(f"{name:<{width}} {loss:5.2f}  {100 * metrics['class_accuracy'][name]:6.1f} %")
+
+
 def ignore_signals() -> None:
     """Let the ending that has begun come to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -446,6 +466,7 @@ def run(args: argparse.Namespace) -> None:
         )
         for server_round in range(1, args.rounds + 1):
             attempt = 1
+            fleet.avoided.clear()
             while True:
                 wait_for_devices(fleet, args.min_num_clients)
                 fleet.random.seed(f"{args.seed} {server_round} {attempt}")
@@ -453,7 +474,7 @@ def run(args: argparse.Namespace) -> None:
                 new_weights, record = run_round(server_round, weights, names, strategy, fleet)
                 if new_weights is not None:
                     break
-                if all(item["reason"] == LOST for item in record["dropped"]):
+                if not record["devices"] and all(d["reason"] == LOST for d in record["dropped"]):
                     continue  # nobody did wrong: wait until they are back
                 print(f"round {server_round}: no new model, attempt {attempt} of {ROUND_TRIES}")
                 attempt += 1
@@ -475,13 +496,7 @@ def run(args: argparse.Namespace) -> None:
             history.append(
                 {
                     "server_round": server_round,
-                    "loss": result.loss,
-                    "accuracy": result.accuracy,
-                    "class_loss": dict(zip(testset.classes, result.class_loss, strict=True)),
-                    "class_accuracy": dict(
-                        zip(testset.classes, result.class_accuracy, strict=True)
-                    ),
-                    "test_images": f"{len(testset)} {testset.source}",
+                    **describe_evaluation(result, testset),
                     "seconds": round(seconds, 3),
                     "seconds_evaluate": round(seconds - (trained - start), 3),
                     **record,
@@ -503,11 +518,7 @@ def run(args: argparse.Namespace) -> None:
     finally:
         fleet.close(run_is_over)
 
-    print(f"\n{'class':<12}  loss  accuracy")
-    for name, loss, accuracy in zip(
-        testset.classes, result.class_loss, result.class_accuracy, strict=True
-    ):
-        print(f"{name:<12} {loss:5.2f}  {100 * accuracy:6.1f} %")
+    print_classes(history[-1])
     print(f"\ntest accuracy {100 * result.accuracy:.1f} % on {len(testset):,} {testset.source}")
     if unwritten:
         raise unwritten

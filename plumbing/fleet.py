@@ -88,6 +88,7 @@ class Fleet(ClientManager):
         self.max_reply_bytes = max_reply_bytes
         self.keepalive_seconds = keepalive_seconds
         self.random = random.Random()  # what `sample` draws from; seed it for repeatable rounds
+        self.avoided: set[str] = set()  # cids that `sample` takes only where others lack
         self.devices: dict[str, Device] = {}
         self.changed = threading.Condition()
         self.closing = False
@@ -149,7 +150,13 @@ class Fleet(ClientManager):
                 for _, d in sorted(self.devices.items())
                 if not criterion or criterion.select(cast(ClientProxy, d))
             ]
-        return self.random.sample(able, min(num_clients, len(able)))
+        chosen: list[Any] = []
+        for group in (
+            [d for d in able if d.cid not in self.avoided],
+            [d for d in able if d.cid in self.avoided],
+        ):
+            chosen += self.random.sample(group, min(num_clients - len(chosen), len(group)))
+        return chosen
 
     # --- Talking to devices ---
 

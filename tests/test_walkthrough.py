@@ -249,6 +249,24 @@ def test_round_goes_on_without_a_device_that_dies(start_server, start_client):
     assert (survivor.finish(), again.finish()) == (0, 0)
 
 
+def test_run_whose_replies_make_no_model_ends_with_the_reason(start_server, start_client):
+    server, address = start_server(strategy="Bulyan", min_num_clients="1", min_sample_size="1")
+    start_client(address, 0)
+    assert server.finish() == 1
+    assert "round 1: Bulyan cannot aggregate: The Bulyan aggregation requires" in server.output
+    assert server.lines[-1].startswith("server.py: round 1 brought no new model in 3 attempts")
+
+
+def test_bad_device_is_avoided_when_its_round_is_tried_again(start_server, start_client, launch):
+    server, address = start_server(rounds="6", sample_fraction="0.5", min_sample_size="1")
+    start_client(address, 0)
+    launch(
+        sys.executable, "-c", STOCK_CLIENT.replace("np.float32(1)", "np.float32('nan')"), address
+    )
+    assert server.finish() == 0
+    assert "round 6/6  devices 1/1" in server.output
+
+
 def test_commands_work_from_another_directory(launch, tmp_path):
     help_text = launch(sys.executable, ROOT / "server.py", "--help", cwd=tmp_path)
     assert help_text.finish() == 0
