@@ -5,6 +5,8 @@
 Waits for the server, comes back when the connection breaks, ends when the run is over.
 """
 
+import plumbing  # isort: skip # noqa: F401 # first: it sets what gRPC and Flower read
+
 import argparse
 import json
 import logging

@@ -6,6 +6,8 @@ Waits for the devices (client.py, run_pi.sh, run_jetson.sh), trains for so many 
 evaluates on the test set after each, and leaves the model in runs/.
 """
 
+import plumbing  # isort: skip # noqa: F401 # first: it sets what gRPC and Flower read
+
 import argparse
 import inspect
 import json

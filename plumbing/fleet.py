@@ -297,7 +297,7 @@ class Fleet(ClientManager):
             for device in list(self.devices.values()):
                 device.requests.put_nowait((None, None))
             await asyncio.wait(self._joins, timeout=goodbye_seconds)
-        await self._server.stop(None)
+        await self._server.stop(goodbye_seconds or None)  # without calls it does not wait
 
     def _call(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()

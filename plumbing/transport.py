@@ -162,6 +162,8 @@ def _plain_words(error: grpc.RpcError) -> str:
     for words in ("Connection refused", "Connection reset", "No route to host", "Socket closed"):
         if words.lower() in details.lower():
             return words.lower()
+    if "cancelling all calls" in details.lower():
+        return "the server stopped"
     if "timed out" in details.lower() or "timeout" in details.lower():
         return "no answer"
     return f"{error.code().name}: {details}"

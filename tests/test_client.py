@@ -1,11 +1,14 @@
 """client.py's answers, without a server."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 import client
 import utils
+from tests.conftest import ROOT
 
 DATA = "synthetic:400"
 
@@ -66,6 +69,16 @@ def test_each_round_and_device_shuffles_in_its_own_way(device):
     )
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     assert not all((a == b).all() for a, b in zip(first, later, strict=True))
+
+
+def test_flower_is_imported_with_its_telemetry_off():
+    code = (
+        "import sys, {0}, flwr.supercore.telemetry as telemetry\n"
+        "sys.exit(telemetry.FLWR_TELEMETRY_ENABLED != '0')"
+    )
+    for program in ("client", "server"):
+        command = [sys.executable, "-c", code.format(program)]
+        subprocess.run(command, check=True, cwd=ROOT)
 
 
 def test_weights_of_another_model_name_the_way_out(device):
