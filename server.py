@@ -126,10 +126,12 @@ def make_strategy(choice: str, **common: Any) -> FedAvg:
     for item in filter(None, rest.split(",")):
         key, _, value = item.partition("=")
         try:
-            settings[key] = known[key].annotation(value)
-            if key not in own or not math.isfinite(settings[key]):
+            if key not in own:
                 raise ValueError
-        except (KeyError, ValueError):
+            settings[key] = known[key].annotation(value)
+            if not math.isfinite(settings[key]):
+                raise ValueError
+        except ValueError:
             raise FederationError(
                 f"--strategy {choice}: '{item}' is not NAME=NUMBER; {name} has "
                 f"{', '.join(own) or 'no settings'}"

@@ -68,6 +68,7 @@ def server_complaint(tmp_path: Path, *arguments: str) -> str:
         (["--strategy=FedSGD"], "no strategy 'FedSGD'; there are FedAvg, "),
         (["--strategy=FedAdam:eta=x"], "--strategy FedAdam:eta=x: 'eta=x' is not NAME=NUMBER"),
         (["--strategy=FedAvg:lr=1"], "'lr=1' is not NAME=NUMBER; FedAvg has no settings"),
+        (["--strategy=FedAvg:evaluate_fn=1"], "'evaluate_fn=1' is not NAME=NUMBER"),
         (["--strategy=FedTrimmedAvg:beta=0.6"], "--strategy FedTrimmedAvg:beta=0.6: "),
         (["--strategy=FedAdam:eta=nan"], "'eta=nan' is not NAME=NUMBER; FedAdam has eta"),
         (["--server_address=8080"], "server address '8080' is not HOST:PORT"),
