@@ -5,16 +5,27 @@
 Waits for the server, comes back when the connection breaks, ends when the run is over.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Until main() begins, while torch is imported, Ctrl-C ends without a traceback.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import plumbing  # isort: skip # noqa: F401 # first: it sets what gRPC and Flower read
 
 import argparse
+import contextlib
 import json
 import logging
-import signal
+import math
+import os
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +38,7 @@ from plumbing.addresses import check_cid, parse_address
 from plumbing.board import describe_board
 from plumbing.errors import FederationError
 from plumbing.settings import Settings
+from plumbing.telemetry import Telemetry
 from plumbing.transport import serve
 
 ROOT = Path(__file__).resolve().parent
@@ -46,6 +58,7 @@ class Client(NumPyClient):
         self.data_dir = data_dir
         self.device = device
         self.net = utils.build_model(model, len(data.classes))
+        self.telemetry = Telemetry()
 
     def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
         """Say what this device is, and what it will train on or why it cannot."""
@@ -75,36 +88,45 @@ class Client(NumPyClient):
         """Train on this device's images, from the global weights on."""
         print(f"Client {self.cid}: fit")
         start = time.perf_counter()
+        self.telemetry.start()
         settings = self._settings(config)
-        trainset = self._trainset(settings)
-        # Another order of images in each round and on each device, the same in a rerun.
-        seed = zlib.crc32(f"{settings.seed} {self.cid} {settings.server_round}".encode())
-        trainloader = utils.TrainLoader(trainset, settings.batch_size, seed, self.device)
-        self._set_weights(parameters)
+        with for_the_operator():
+            trainset = self._trainset(settings)
+            # Another order of images in each round and on each device, the same in a rerun.
+            seed = zlib.crc32(f"{settings.seed} {self.cid} {settings.server_round}".encode())
+            trainloader = utils.TrainLoader(trainset, settings.batch_size, seed, self.device)
+            self._set_weights(parameters)
         torch.manual_seed(seed)  # for models with dropout
-        loss = utils.train(
+        trained = utils.train(
             self.net,
             trainloader,
             epochs=settings.epochs,
+            max_seconds=settings.round_seconds or math.inf,
             lr=settings.lr,
             lr_end=settings.lr_end,
             momentum=settings.momentum,
             proximal_mu=settings.proximal_mu,
             device=self.device,
         )
-        num_examples = len(trainloader) * settings.batch_size  # the partial batch is dropped
-        metrics = {"loss": loss, "seconds": time.perf_counter() - start}
-        return utils.get_weights(self.net), num_examples, metrics
+        metrics = {
+            "loss": trained.loss,
+            "seconds": time.perf_counter() - start,
+            "steps": trained.steps,
+            "images_per_second": trained.steps * settings.batch_size / trained.seconds,
+            **self.telemetry.measure(),
+        }
+        return utils.get_weights(self.net), trained.num_examples, metrics
 
     def evaluate(
         self, parameters: list[np.ndarray], config: dict[str, Any]
     ) -> tuple[float, int, dict[str, Any]]:
         """Evaluate the global weights on this device's test images."""
         print(f"Client {self.cid}: evaluate")
-        if self.testset is None:
-            self.testset = self._load_testset()
+        with for_the_operator():
+            if self.testset is None:
+                self.testset = self._load_testset()
+            self._set_weights(parameters)
         testset = self.testset
-        self._set_weights(parameters)
         result = utils.test(self.net, testset, self.device)
         return result.loss, len(testset), {"accuracy": result.accuracy}
 
@@ -152,13 +174,49 @@ class Client(NumPyClient):
         )
 
 
+@contextmanager
+def for_the_operator() -> Iterator[None]:
+    """Turn utils' errors into those that need no traceback."""
+    try:
+        yield
+    except utils.TaskError as error:
+        raise FederationError(str(error)) from error
+
+
 def choose_device(wanted: str) -> str:
-    """Return "cpu" or "cuda" for --device."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise utils.TaskError("--device cuda: torch finds no CUDA GPU here; say auto or cpu")
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return wanted
+    """Return "cpu" or "cuda" for --device.
+
+    A GPU counts once it has multiplied two matrices: a torch that was built for other GPUs
+    says that it is available all the same, and fails at the first kernel.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    problem = "torch finds no CUDA GPU here"
+    if torch.cuda.is_available():
+        try:
+            ones = torch.ones(64, 64, device="cuda")
+            if (ones @ ones == 64).all().item():
+                return "cuda"
+            problem = "the GPU multiplies wrongly"
+        except RuntimeError as error:
+            problem = f"the GPU fails at a matrix product ({str(error).splitlines()[0]})"
+    if wanted == "cuda":
+        raise utils.TaskError(f"--device cuda: {problem}; say auto or cpu")
+    # Where nobody expects a GPU nothing need be said; NVIDIA's images set this variable.
+    if torch.cuda.is_available() or os.environ.get("NVIDIA_VISIBLE_DEVICES"):
+        print(f"{problem}; training on the CPU")
+    return "cpu"
+
+
+def write_state(cid: str, state: str) -> None:
+    """Say where the client is: on the screen, and in a file for the container's health check."""
+    if state.startswith("connected"):
+        print(f"Client {cid}: {state}")
+    if path := os.environ.get("CLIENT_STATUS_FILE"):
+        part = Path(f"{path}.part")
+        with contextlib.suppress(OSError):  # a full disk is no reason to stop
+            part.write_text(f"{os.getpid()} {state}\n")
+            part.replace(path)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -192,6 +250,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="S",
         help="give up after S s without server (default: never)",
     )
+    parser.add_argument(
+        "--stay", action="store_true", help="when the run is over, wait for the next"
+    )
     return parser.parse_args(argv)
 
 
@@ -203,6 +264,8 @@ def terminate(*_: object) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log shows each line at once
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     signal.signal(signal.SIGTERM, terminate)
     try:
@@ -213,8 +276,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.threads < 1:
                 raise utils.TaskError(f"--threads {args.threads} is below 1")
             torch.set_num_threads(args.threads)
+        if args.max_wait_seconds is not None and not args.max_wait_seconds >= 0:
+            raise FederationError(f"--max_wait_seconds {args.max_wait_seconds} is below 0")
+        write_state(args.cid, "starting")
         device = choose_device(args.device)
-        data_dir = args.data_dir or ROOT / "data"
+        data_dir = args.data_dir or os.environ.get("DATA_DIR") or ROOT / "data"
         data = utils.load_data(
             data_dir, "train", utils.image_size(args.model), download=args.data_dir is None
         )
@@ -223,8 +289,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         serve(
             args.server_address,
             client,
-            on_connected=lambda: print(f"Client {args.cid}: connected to {args.server_address}"),
+            on_state=partial(write_state, args.cid),
             max_wait_seconds=args.max_wait_seconds,
+            stay=args.stay,
         )
         print(f"Client {args.cid}: the server is done, shutting down")
     except (FederationError, utils.TaskError) as error:

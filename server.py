@@ -6,6 +6,13 @@ Waits for the devices (client.py, run_pi.sh, run_jetson.sh), trains for so many 
 evaluates on the test set after each, and leaves the model in runs/.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Until main() begins, while torch is imported, Ctrl-C ends without a traceback.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import plumbing  # isort: skip # noqa: F401 # first: it sets what gRPC and Flower read
 
 import argparse
@@ -14,9 +21,10 @@ import json
 import math
 import os
 import platform
-import signal
+import secrets
 import sys
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,16 +40,25 @@ from flwr.server.strategy import FedAvg
 import utils
 from plumbing import wire
 from plumbing.addresses import listening_addresses
-from plumbing.checkpoints import RunDirectory, load_weights
+from plumbing.checkpoints import (
+    STATE,
+    RunDirectory,
+    load_checkpoint,
+    load_config,
+    load_weights,
+    newest_run,
+)
 from plumbing.errors import BadReply, FederationError
-from plumbing.fleet import LOST, Device, Fleet
+from plumbing.fleet import LOST, MAX_FAILURES, Device, Fleet
 from plumbing.report import draw_report
 from plumbing.settings import Settings
+from plumbing.telemetry import detail
 from plumbing.updates import check_update, clean_metrics
 
 ROOT = Path(__file__).resolve().parent
 MOMENTUM = 0.9
-ROUND_TRIES = 3  # how often a round with nothing but bad replies is tried
+UPDATE_COPIES = 4  # of a device's update in memory while Flower's strategies aggregate
+MAX_DETAILS = 20  # devices a round with a line of their own; metrics.jsonl has all
 
 # Flower's strategies that take plain weights, with the settings in which ours differ
 # from Flower's defaults. Set others on the command line: --strategy FedAdam:eta=0.02
@@ -142,14 +159,37 @@ def make_strategy(choice: str, **common: Any) -> FedAvg:
         raise FederationError(f"--strategy {choice}: {error}") from None
 
 
+def strategy_state(strategy: FedAvg) -> dict[str, np.ndarray]:
+    """Return what a strategy remembers from round to round, besides the global weights."""
+    kept = {name: getattr(strategy, name, None) or [] for name in ("momentum_vector", "m_t", "v_t")}
+    return {f"{name}/{i}": a for name, arrays in kept.items() for i, a in enumerate(arrays)}
+
+
+def restore_strategy(strategy: FedAvg, state: Mapping[str, np.ndarray]) -> None:
+    """Give back what `strategy_state` returned."""
+    for name in {key.split("/")[0] for key in state}:
+        count = sum(key.startswith(f"{name}/") for key in state)
+        setattr(strategy, name, [state[f"{name}/{i}"] for i in range(count)])
+
+
 def run_round(
     server_round: int,
     weights: list[np.ndarray],
     names: Sequence[str],
     strategy: FedAvg,
     fleet: Fleet,
+    round_id: str = "",
+    timeout: float | None = None,
+    min_replies: int = 1,
+    max_update_norm: float = math.inf,
 ) -> tuple[list[np.ndarray] | None, dict[str, Any]]:
     """Send the weights out, train everywhere, bring the results together.
+
+    Args:
+        round_id: see wire.ROUND_ID; it must be in the config that the strategy sends.
+        timeout: seconds, then the round closes without the devices that are not done.
+        min_replies: with fewer good ones there are no new weights.
+        max_update_norm: see check_update.
 
     Returns:
         The new global weights, or None if the replies do not make any; and what
@@ -164,41 +204,53 @@ def run_round(
 
     encoded: dict[Any, bytes] = {}  # devices with the same settings get the same bytes
     requests: list[tuple[Any, bytes]] = []
-    for device, fit_ins in strategy.configure_fit(server_round, parameters, fleet):
+    for proxy, fit_ins in strategy.configure_fit(server_round, parameters, fleet):
         key = (id(fit_ins.parameters), *sorted(fit_ins.config.items()))
         if key not in encoded:
             encoded[key] = wire.encode_fit(fit_ins.parameters.tensors, fit_ins.config)
-        requests.append((device, encoded[key]))
+        requests.append((proxy, encoded[key]))
 
-    for reply in fleet.exchange(requests):
+    for reply in fleet.exchange(requests, round_id, timeout):
+        device = reply.device
         try:
             if reply.data is None:
                 raise BadReply(reply.problem)
-            update, num_examples, metrics = wire.decode_fit_reply(reply.data)
-            check_update(update, num_examples, weights, names)
+            update, num_examples, metrics = wire.decode_fit_reply(reply.offer or reply.data)
+            if reply.offer:
+                update = wire.decode_parameters_reply(reply.data)
+            check_update(update, num_examples, weights, names, max_update_norm)
         except BadReply as error:
-            print(f"round {server_round}: dropped {reply.device.name}: {error}")
-            dropped.append({"name": reply.device.name, "reason": str(error)})
-            fleet.avoided.add(reply.device.cid)  # should this round be tried again
+            print(f"round {server_round}: dropped {device.name}: {error}")
+            dropped.append({"name": device.name, "reason": str(error)})
+            fleet.avoided.add(device.cid)  # should this round be tried again
+            device.failures += reply.data is not None
+            if device.left_out:
+                print(
+                    f"round {server_round}: {device.name} is left out after {MAX_FAILURES} bad "
+                    "replies in a row, until it joins anew"
+                )
             continue
+        device.failures = 0
         if keep_all:
             packed = Parameters([wire.pack_array(w) for w in update], wire.TENSOR_TYPE)
-            results.append((reply.device, FitRes(Status(Code.OK, ""), packed, num_examples, {})))
+            results.append((device, FitRes(Status(Code.OK, ""), packed, num_examples, {})))
         else:
             mean.add(update, num_examples)
+        metrics.pop(wire.ROUND_ID, None)
         devices.append(
             {
-                "name": reply.device.name,
+                "name": device.name,
                 "num_examples": num_examples,
                 "seconds": round(reply.seconds, 3),
                 "bytes_sent": reply.bytes_sent,
-                "bytes_received": len(reply.data),
+                "bytes_received": len(reply.data) + len(reply.offer),
                 "metrics": clean_metrics(metrics),
             }
         )
-    devices.sort(key=lambda device: device["name"])
+        del update, reply  # before the next one comes
+    devices.sort(key=lambda entry: entry["name"])
     record = {"sampled": len(requests), "devices": devices, "dropped": dropped}
-    if not devices:
+    if len(devices) < min_replies:
         return None, record
 
     if not keep_all:
@@ -269,12 +321,29 @@ def tell(line: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def wait_for_devices(fleet: Fleet, count: int) -> None:
-    """Wait until `count` devices are connected, and say so whenever their number changes."""
+def wait_for_devices(fleet: Fleet, min_num_clients: int, min_sample_size: int) -> None:
+    """Wait until there are devices for a round, and say so whenever their number changes.
+
+    `min_num_clients` must be connected, and `min_sample_size` of them not busy with a round
+    that is over; or all but those that are left out, if these are more than can be spared.
+    """
+    said = ""
     with fleet.changed:
-        while (connected := fleet.num_available()) < count:
-            devices = "1 device" if count == 1 else f"{count} devices"
-            print(f"waiting for {devices} at {fleet.address} ({connected} connected)")
+        while True:
+            connected = list(fleet.devices.values())
+            able = [device for device in connected if not device.left_out]
+            busy = sum(device.busy for device in able)
+            needed = max(1, min(min_sample_size, len(able)))
+            if len(connected) >= min_num_clients and len(able) - busy >= needed:
+                return
+            states = {"connected": len(connected), "busy": busy}
+            states["left out"] = len(connected) - len(able)
+            shown = ", ".join(f"{n} {state}" for state, n in states.items() if n or state[0] == "c")
+            devices = "1 device" if min_num_clients == 1 else f"{min_num_clients} devices"
+            line = f"waiting for {devices} at {fleet.address} ({shown})"
+            if line != said:
+                print(line)
+            said = line
             fleet.changed.wait()
 
 
@@ -300,8 +369,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("min_num_clients", 2, "wait until so many devices are connected", metavar="N")
     add("min_sample_size", 2, "train on at least so many devices in a round", metavar="N")
     add("sample_fraction", 1.0, "fraction of the connected devices that train", metavar="F")
+    add("round_timeout", 0.0, "close a round after S seconds; 0 is never", metavar="S")
     # Local training
     add("epochs", 1, "passes over a device's images in a round", metavar="N")
+    add("round_seconds", 0.0, "a device trains for S seconds at most; 0 is no limit", metavar="S")
     add("batch_size", 32, "images in a training step", metavar="N")
     add("lr", utils.LR, "learning rate at the start; falls to 0 over the run", metavar="LR")
     add("seed", 0, "for the first weights, partitions, sampling and shuffling", metavar="N")
@@ -312,6 +383,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "settings follow a colon: FedProx:proximal_mu=0.1",
         metavar="NAME",
     )
+    # What must hold for a round to count
+    add("min_replies", 1, "a round needs so many good replies", metavar="N")
+    add("round_retries", 2, "try a round with fewer so many times again", metavar="N")
+    add("max_update_norm", 0.0, "drop updates farther from the model; 0 is no limit", metavar="D")
     # Data
     add(
         "partition",
@@ -330,7 +405,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     # Files
     add("init_weights", None, "start from this .safetensors file (default: random)", metavar="FILE")
     add("run_dir", None, "where to leave results (default: runs/<time>-<model>/)", metavar="DIR")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="go on with the run in this directory, or with the newest in runs/, from its last "
+        "finished round; its settings hold unless given anew",
+    )
     args = parser.parse_args(argv)
+    if args.resume is not None:
+        run_dir = Path(args.resume).expanduser() if args.resume else newest_run(ROOT / "runs")
+        saved = load_config(run_dir)
+        parser.set_defaults(**{name: saved[name] for name in vars(args) if name in saved})
+        args = parser.parse_args(argv)
+        args.run_dir = args.resume = str(run_dir)
     if args.num_partitions is None:
         args.num_partitions = args.min_num_clients
     return args
@@ -344,10 +433,23 @@ def check_args(args: argparse.Namespace) -> None:
         "batch_size",
         "min_num_clients",
         "min_sample_size",
+        "min_replies",
         "num_partitions",
     ):
         if getattr(args, name) < 1:
             raise FederationError(f"--{name} {getattr(args, name)} is below 1")
+    for name in ("round_timeout", "round_seconds", "round_retries", "max_update_norm"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise FederationError(f"--{name} {getattr(args, name)} is below 0 or no number")
+    if 0 < args.round_timeout <= args.round_seconds:
+        raise FederationError(
+            f"--round_timeout {args.round_timeout:g} leaves no time to reply after "
+            f"--round_seconds {args.round_seconds:g}; make it larger"
+        )
+    if args.min_replies > args.min_sample_size:
+        raise FederationError(
+            f"--min_replies {args.min_replies} is above --min_sample_size {args.min_sample_size}"
+        )
     if args.min_sample_size > args.min_num_clients:
         raise FederationError(
             f"--min_sample_size {args.min_sample_size} is above --min_num_clients "
@@ -381,16 +483,14 @@ def print_classes(metrics: Mapping[str, Any]) -> None:
         print(f"{name:<{width}} {loss:5.2f}  {100 * metrics['class_accuracy'][name]:6.1f} %")
 
 
-def ignore_signals() -> None:
-    """Let the ending that has begun come to its end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def end_at_once(number: int, _: object) -> NoReturn:
+    """What a second Ctrl-C does."""
+    os._exit(128 + number)
 
 
 def terminate(*_: object) -> NoReturn:
     """End as if by Ctrl-C, but with the exit code that a shell gives to SIGTERM."""
-    ignore_signals()
-    sys.exit(128 + signal.SIGTERM)
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -406,10 +506,19 @@ def run(args: argparse.Namespace) -> None:
     net = utils.build_model(args.model, len(testset.classes), args.seed)
     names = list(net.state_dict())
     weights = utils.get_weights(net)
-    if args.init_weights:
-        weights = load_weights(
-            Path(args.init_weights).expanduser(), dict(zip(names, weights, strict=True)), args.model
-        )
+    model = dict(zip(names, weights, strict=True))
+    finished_round: int | None = None
+    state: dict[str, np.ndarray] = {}
+    if args.resume:
+        finished_round, weights, state = load_checkpoint(Path(args.run_dir), model, args.model)
+        if finished_round >= args.rounds:
+            raise FederationError(
+                f"the run in '{args.run_dir}' has finished its {finished_round} rounds; "
+                f"to go on say --rounds {finished_round + 3}, say"
+            )
+    elif args.init_weights:
+        weights = load_weights(Path(args.init_weights).expanduser(), model, args.model)
+    model_bytes = sum(w.nbytes for w in weights)
 
     def settings(server_round: int) -> Settings:
         """Return a round's settings; over the rounds the learning rate falls to 0."""
@@ -418,12 +527,31 @@ def run(args: argparse.Namespace) -> None:
             lr_end=args.lr * (args.rounds - server_round) / args.rounds,
             server_round=server_round,
             epochs=args.epochs,
+            round_seconds=args.round_seconds,
             batch_size=args.batch_size,
             momentum=MOMENTUM,
             partition=args.partition,
             num_partitions=args.num_partitions,
             seed=args.seed,
         )
+
+    config = {
+        **vars(args),
+        "data_dir": str(data_dir),
+        "test_images": f"{len(testset)} {testset.source}",
+        "classes": testset.classes,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "flwr": flwr.__version__,
+        "run_id": secrets.token_hex(8),
+    }
+    if args.resume:  # devices may still hold what they trained for it
+        config["run_id"] = load_config(Path(args.run_dir)).get("run_id", config["run_id"])
+
+    def round_id(server_round: int) -> str:
+        """Return a name that another run's round, or one with other settings, does not have."""
+        how = zlib.crc32(repr((args.strategy, settings(server_round))).encode())
+        return f"{config['run_id']}-{how:08x}-{server_round}"
 
     def evaluate(weights: Sequence[np.ndarray]) -> utils.Evaluation:
         utils.set_weights(net, weights)
@@ -436,11 +564,18 @@ def run(args: argparse.Namespace) -> None:
         min_fit_clients=args.min_sample_size,
         min_evaluate_clients=args.min_sample_size,
         min_available_clients=args.min_num_clients,
-        on_fit_config_fn=lambda server_round: settings(server_round).to_config(),
+        on_fit_config_fn=lambda server_round: {
+            **settings(server_round).to_config(),
+            wire.ROUND_ID: round_id(server_round),
+        },
         evaluate_fn=lambda server_round, weights, config: (evaluate(weights).loss, {}),
         fit_metrics_aggregation_fn=lambda metrics: {},  # without one Flower warns
         initial_parameters=Parameters([wire.pack_array(w) for w in weights], wire.TENSOR_TYPE),
     )
+    restore_strategy(strategy, state)
+    if type(strategy).__name__ in NEED_ALL_UPDATES:
+        size = UPDATE_COPIES * model_bytes / 1e6
+        print(f"{args.strategy} needs all updates at once: about {size:,.0f} MB a device")
 
     fleet = Fleet(
         args.server_address,
@@ -448,44 +583,77 @@ def run(args: argparse.Namespace) -> None:
         admit=partial(refusal, model=args.model, classes=testset.classes),
         announce=print_event,
         refuse=lambda who, reason: tell(f"refused {who}: {reason}"),
-        max_reply_bytes=2 * sum(w.nbytes for w in weights) + (1 << 20),
+        model_bytes=model_bytes,
     )
     run_is_over = False
-    history: list[dict[str, Any]] = []
     unwritten = None
+
+    def save(
+        server_round: int, weights: Sequence[np.ndarray], metrics: Mapping[str, Any] | None
+    ) -> None:
+        """Write the checkpoint and the round's metrics; a failure must not end the training."""
+        nonlocal unwritten
+        named = dict(zip(names, weights, strict=True))
+        named |= {STATE + name: array for name, array in strategy_state(strategy).items()}
+        try:
+            run_directory.add_round(metrics, named, notes(server_round))
+            unwritten = None
+        except FederationError as error:
+            unwritten = error
+            print(f"round {server_round}: {error}; training goes on", file=sys.stderr)
+
+    def notes(server_round: int) -> dict[str, str]:
+        return {
+            "server_round": str(server_round),
+            "model": args.model,
+            "classes": json.dumps(testset.classes),
+        }
+
     try:
         default_dir = ROOT / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}"
         run_dir = Path(args.run_dir).expanduser() if args.run_dir else default_dir
-        run_directory = RunDirectory(
-            run_dir,
-            {
-                **vars(args),
-                "data_dir": str(data_dir),
-                "test_images": f"{len(testset)} {testset.source}",
-                "classes": testset.classes,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "flwr": flwr.__version__,
-            },
-        )
-        for server_round in range(1, args.rounds + 1):
-            attempt = 1
+        run_directory = RunDirectory(run_dir, config, finished_round)
+        here = Path.cwd()
+        shown = run_dir.relative_to(here) if run_dir.is_relative_to(here) else run_dir
+        if finished_round is None:
+            finished_round = 0
+            save(0, weights, None)
+        else:
+            print(f"going on with {shown} after round {finished_round}")
+        for server_round in range(finished_round + 1, args.rounds + 1):
+            retries = 0
+            dropped: list[dict[str, str]] = []
             fleet.avoided.clear()
             while True:
-                wait_for_devices(fleet, args.min_num_clients)
-                fleet.random.seed(f"{args.seed} {server_round} {attempt}")
+                wait_for_devices(fleet, args.min_num_clients, args.min_sample_size)
+                fleet.random.seed(f"{args.seed} {server_round} {retries}")
                 start = time.perf_counter()
-                new_weights, record = run_round(server_round, weights, names, strategy, fleet)
+                new_weights, record = run_round(
+                    server_round,
+                    weights,
+                    names,
+                    strategy,
+                    fleet,
+                    round_id(server_round),
+                    args.round_timeout or None,
+                    args.min_replies,
+                    args.max_update_norm or math.inf,
+                )
+                dropped += record["dropped"]
                 if new_weights is not None:
                     break
                 if not record["devices"] and all(d["reason"] == LOST for d in record["dropped"]):
                     continue  # nobody did wrong: wait until they are back
-                print(f"round {server_round}: no new model, attempt {attempt} of {ROUND_TRIES}")
-                attempt += 1
-                if attempt > ROUND_TRIES:
+                print(
+                    f"round {server_round}: {len(record['devices'])} good replies make no new "
+                    f"model, retry {retries} of {args.round_retries} done"
+                )
+                retries += 1
+                if retries > args.round_retries:
                     raise FederationError(
-                        f"round {server_round} brought no new model in {ROUND_TRIES} attempts; "
-                        "the reasons are above"
+                        f"round {server_round} brought no new model in {retries} attempts; the "
+                        f"reasons are above. To go on from round {server_round - 1}: "
+                        f"python server.py --resume {shown}"
                     )
             weights = new_weights
             trained = time.perf_counter()
@@ -497,54 +665,52 @@ def run(args: argparse.Namespace) -> None:
                 f"loss {result.loss:.3f}  accuracy {100 * result.accuracy:.1f} %{where}  "
                 f"{seconds:.1f} s"
             )
-            history.append(
-                {
-                    "server_round": server_round,
-                    **describe_evaluation(result, testset),
-                    "seconds": round(seconds, 3),
-                    "seconds_evaluate": round(seconds - (trained - start), 3),
-                    **record,
-                }
-            )
-            notes = {
-                "server_round": str(server_round),
-                "model": args.model,
-                "classes": json.dumps(testset.classes),
+            for one in record["devices"][:MAX_DETAILS]:
+                print(detail(one))
+            metrics = {
+                "server_round": server_round,
+                **describe_evaluation(result, testset),
+                "seconds": round(seconds, 3),
+                "seconds_evaluate": round(seconds - (trained - start), 3),
+                **record,
+                "dropped": dropped,
             }
-            named = dict(zip(names, weights, strict=True))
-            try:
-                run_directory.add_round(history[-1], named, notes)
-                unwritten = None
-            except FederationError as error:
-                unwritten = error
-                print(f"round {server_round}: {error}; training goes on", file=sys.stderr)
+            save(server_round, weights, metrics)
+            finished_round = server_round
         run_is_over = True
+    except (KeyboardInterrupt, SystemExit):
+        print(
+            f"server.py: interrupted after round {finished_round}; devices wait. To go on: "
+            f"python server.py --resume {shown}",
+            file=sys.stderr,
+        )
+        raise
     finally:
+        signal.signal(signal.SIGINT, end_at_once)
+        signal.signal(signal.SIGTERM, end_at_once)
         fleet.close(run_is_over)
 
-    print_classes(history[-1])
+    print_classes(metrics)
     print(f"\ntest accuracy {100 * result.accuracy:.1f} % on {len(testset):,} {testset.source}")
     if unwritten:
         raise unwritten
-    run_directory.write_weights("model.safetensors", named, notes)
-    here = Path.cwd()
-    shown = run_dir.relative_to(here) if run_dir.is_relative_to(here) else run_dir
+    named = dict(zip(names, weights, strict=True))
+    run_directory.write_weights("model.safetensors", named, notes(args.rounds))
     title = f"{args.model}, {args.strategy}, tested on {len(testset):,} {testset.source}"
-    draw_report(run_dir / "report.png", title, history)
+    draw_report(run_dir / "report.png", title, run_directory.rounds())
     print(f"model in {shown / 'model.safetensors'}, curves in {shown / 'report.png'}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log shows each line at once
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, terminate)
     try:
-        run(args)
+        run(parse_args(argv))
     except (FederationError, utils.TaskError) as error:
         sys.exit(f"server.py: {error}")
     except KeyboardInterrupt:
-        ignore_signals()
-        print("server.py: interrupted; devices wait for the next start", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 

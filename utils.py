@@ -9,6 +9,7 @@ its name. To fetch CIFAR-10 ahead of a run, and to see what each model weighs:
 import argparse
 import contextlib
 import io
+import math
 import os
 import re
 import socket
@@ -599,6 +600,16 @@ class SGD:
         torch._foreach_add_(p, v, alpha=-lr * self.momentum)
 
 
+@dataclass(frozen=True)
+class Training:
+    """What local training did."""
+
+    loss: float  # mean over the last epoch, or what was done of it
+    num_examples: int  # different images used
+    steps: int
+    seconds: float
+
+
 def train(
     net: nn.Module,
     trainloader: TrainLoader,
@@ -607,10 +618,11 @@ def train(
     lr_end: float | None = None,
     momentum: float = 0.9,
     proximal_mu: float = 0.0,
+    max_seconds: float = math.inf,
     device: str = "cpu",
     log: Callable[[str], None] = print,
-) -> float:
-    """Train `net` in place with Nesterov SGD; return the mean loss of the last epoch.
+) -> Training:
+    """Train `net` in place with Nesterov SGD.
 
     Args:
         lr, lr_end: the learning rate falls linearly from `lr` to `lr_end` over all the
@@ -618,6 +630,8 @@ def train(
             round to round.
         proximal_mu: weight of FedProx's term mu/2 * ||w - w_global||^2, w_global being
             the weights that came in (Li et al. 2018, arXiv:1812.06127).
+        max_seconds: stop when so many are over, after one step at least. The learning rate
+            falls by time then, if that is ahead of the steps.
     """
     net.to(device).train()
     optimizer = SGD(net.parameters(), momentum)
@@ -625,11 +639,18 @@ def train(
     global_weights = [p.detach().clone() for p in net.parameters()] if proximal_mu else []
     batches = len(trainloader)
     log(f"Training {epochs} epoch(s) w/ {batches} batches each")
-    for epoch in range(epochs):
+    steps = 0
+    began = time.perf_counter()
+    for _ in range(epochs):
         start = shown = time.perf_counter()
+        if steps and start - began >= max_seconds:
+            break
         total_loss = torch.zeros((), device=device)
         for batch, (images, labels) in enumerate(trainloader):
-            done = (epoch * batches + batch) / (epochs * batches)
+            spent = (time.perf_counter() - began) / max_seconds
+            if batch and spent >= 1:
+                break
+            done = max(steps / (epochs * batches), spent)
             optimizer.zero_grad()
             loss = F.cross_entropy(net(images), labels)
             loss.backward()
@@ -637,15 +658,25 @@ def train(
                 for p, w in zip(net.parameters(), global_weights, strict=True):
                     if p.grad is not None:
                         p.grad.add_(p.detach() - w, alpha=proximal_mu)
-            optimizer.step(lr + (lr_end - lr) * done)
+            optimizer.step(lr + (lr_end - lr) * min(done, 1.0))
             total_loss += loss.detach()
+            steps += 1
             if sys.stdout.isatty() and time.perf_counter() - shown > 0.3:
                 shown = time.perf_counter()
                 print(f"\r{batch + 1}/{batches} batches  loss {loss:.3f}\033[K", end="", flush=True)
         if sys.stdout.isatty():
             print("\r\033[K", end="", flush=True)
-        log(f"Epoch took: {time.perf_counter() - start:.2f} seconds")
-    return float(total_loss) / batches
+        seconds = time.perf_counter() - start
+        if steps % batches:
+            log(f"Stopped after {steps} batches: {max_seconds:g} seconds are over")
+            break
+        log(f"Epoch took: {seconds:.2f} seconds")
+    return Training(
+        loss=float(total_loss) / (steps % batches or batches),
+        num_examples=min(steps, batches) * trainloader.batch_size,
+        steps=steps,
+        seconds=time.perf_counter() - began,
+    )
 
 
 @dataclass(frozen=True)

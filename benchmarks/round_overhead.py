@@ -154,7 +154,7 @@ def our_server(address: str, model: str, rounds: int, clients: int, results: Con
         admit=lambda properties: None,
         announce=lambda device, event: None,
         refuse=lambda who, reason: print(f"refused {who}: {reason}"),
-        max_reply_bytes=2 * sum(w.nbytes for w in weights) + (1 << 20),
+        model_bytes=sum(w.nbytes for w in weights),
     )
     starts = []
     fleet.wait_for(clients)
@@ -172,7 +172,7 @@ def our_client(address: str) -> None:
     from plumbing.transport import serve
 
     wait_until_listening(address)
-    serve(address, Echo(), on_connected=lambda: None)
+    serve(address, Echo(), on_state=lambda state: None)
 
 
 def stock_server(address: str, model: str, rounds: int, clients: int, results: Connection) -> None:

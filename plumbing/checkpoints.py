@@ -3,6 +3,7 @@
 Files are replaced as a whole or not at all, and hold no pickle.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,8 @@ import safetensors.numpy
 
 from plumbing.errors import FederationError
 
+STATE = "strategy/"  # before the names of a strategy's own arrays
+
 
 class RunDirectory:
     """The directory of one run.
@@ -23,40 +26,70 @@ class RunDirectory:
     Args:
         path: made if it is not there.
         config: written to config.json.
+        resumed_round: the round of the checkpoint that a run goes on from. What metrics.jsonl
+            says of later rounds, which the checkpoint does not hold, is taken out.
 
     Raises:
         FederationError: it cannot be written, or holds a run already.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], resumed_round: int | None = None
+    ) -> None:
         self.path = path
+        self.config = config
         self._unwritten = ""  # metrics that found no room yet
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if (path / "metrics.jsonl").exists():
+            if resumed_round is not None:
+                kept = [m for m in self.rounds() if m["server_round"] <= resumed_round]
+                lines = "".join(json.dumps(metrics) + "\n" for metrics in kept)
+                write_whole(path / "metrics.jsonl", lines.encode())
+            elif (path / "metrics.jsonl").exists():
                 raise FederationError(
-                    f"run directory '{path}' holds a run already; choose another --run_dir"
+                    f"run directory '{path}' holds a run already; choose another --run_dir, "
+                    "or go on with --resume"
                 )
-            write_whole(path / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+            self._write_config()
         except OSError as error:
             raise FederationError(
                 f"cannot write run directory '{path}' ({error.strerror}); choose another --run_dir"
             ) from error
 
+    def _write_config(self) -> None:
+        write_whole(self.path / "config.json", json.dumps(self.config, indent=2).encode() + b"\n")
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl; one that a power cut left half written is not one."""
+        try:
+            lines = (self.path / "metrics.jsonl").read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        rounds = []
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                metrics = json.loads(line)
+                rounds.append({**metrics, "server_round": int(metrics["server_round"])})
+        return rounds
+
     def add_round(
         self,
-        metrics: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None,
         weights: Mapping[str, np.ndarray],
         notes: Mapping[str, str],
     ) -> None:
-        """Append a line to metrics.jsonl and replace the checkpoint.
+        """Append a line to metrics.jsonl (none before the first round), replace the checkpoint.
 
         Raises:
             FederationError: there is no room, say. The last checkpoint is intact then, and
                 the next call writes this round's metrics too.
         """
-        self._unwritten += json.dumps(_without_nan(metrics)) + "\n"
+        if metrics:
+            self._unwritten += json.dumps(_without_nan(metrics)) + "\n"
         try:
+            if not self.path.is_dir():  # somebody tidied up
+                self.path.mkdir(parents=True)
+                self._write_config()
             # Unbuffered: nothing may be left to be written when the file is cut back.
             with (self.path / "metrics.jsonl").open("ab", buffering=0) as file:
                 size = file.tell()
@@ -69,9 +102,9 @@ class RunDirectory:
                     os.truncate(file.fileno(), size)
                     raise
             self._unwritten = ""
-            self.write_weights("checkpoint.safetensors", weights, notes)
         except OSError as error:
             raise FederationError(f"cannot write to '{self.path}' ({error.strerror})") from error
+        self.write_weights("checkpoint.safetensors", weights, notes)
 
     def write_weights(
         self, name: str, weights: Mapping[str, np.ndarray], notes: Mapping[str, str]
@@ -110,6 +143,61 @@ def write_whole(path: Path, data: bytes) -> None:
         os.close(directory)
 
 
+def newest_run(runs: Path) -> Path:
+    """Return the directory in `runs` whose checkpoint is the newest.
+
+    Raises:
+        FederationError: there is none.
+    """
+    found = sorted(runs.glob("*/checkpoint.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FederationError(f"no run to resume in '{runs}'; say --resume DIRECTORY")
+    return found[-1].parent
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """Read a run's config.json.
+
+    Raises:
+        FederationError: there is none, or it is damaged.
+    """
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except FileNotFoundError:
+        raise FederationError(f"no run to resume in '{path}': it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise FederationError(f"cannot read '{path / 'config.json'}' ({error})") from None
+    if not isinstance(config, dict):
+        raise FederationError(f"'{path / 'config.json'}' is not the settings of a run")
+    return config
+
+
+def load_checkpoint(
+    path: Path, like: Mapping[str, np.ndarray], model: str
+) -> tuple[int, list[np.ndarray], dict[str, np.ndarray]]:
+    """Read a run's checkpoint.safetensors.
+
+    Returns:
+        The last finished round (0 is none), the weights in the order of `like`, and the
+        strategy's own arrays by name.
+
+    Raises:
+        FederationError: as for `load_weights`; or it does not say which round it is of.
+    """
+    file = path / "checkpoint.safetensors"
+    weights = load_weights(file, like, model)
+    with safetensors.safe_open(file, "np") as opened:
+        server_round = (opened.metadata() or {}).get("server_round", "")
+        state = {
+            name.removeprefix(STATE): opened.get_tensor(name)
+            for name in opened.keys()  # noqa: SIM118  # no dict
+            if name.startswith(STATE)
+        }
+    if not server_round.isdecimal():
+        raise FederationError(f"'{file}' does not say of which round it is; it is no checkpoint")
+    return int(server_round), weights, state
+
+
 def load_weights(path: Path, like: Mapping[str, np.ndarray], model: str) -> list[np.ndarray]:
     """Read a safetensors file into a list of arrays in the order of `like`.
 
@@ -127,6 +215,7 @@ def load_weights(path: Path, like: Mapping[str, np.ndarray], model: str) -> list
         raise FederationError(
             f"weights file '{path}' is damaged or no safetensors file ({error})"
         ) from error
+    found = {name: array for name, array in found.items() if not name.startswith(STATE)}
     another = f"weights file '{path}' is of another model than {model}"
     if found.keys() != like.keys():
         odd = ", ".join(sorted(found.keys() ^ like.keys())[:3])

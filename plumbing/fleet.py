@@ -8,6 +8,7 @@ thousand devices cost no thousand threads. The round loop stays plain synchronou
 import asyncio
 import contextlib
 import itertools
+import json
 import queue
 import random
 import threading
@@ -28,6 +29,17 @@ from plumbing.updates import clean_metrics
 
 GREETING_SECONDS = 300.0  # to say what it is; a Pi may have to cut its partition first
 GOODBYE_SECONDS = 5.0
+PAUSE_SECONDS = 5  # then devices come back to a server that was interrupted
+HANDSHAKE_SECONDS = 10  # for a connection to speak HTTP/2
+MAX_FAILURES = 3  # bad replies in a row; then a device is left out
+
+# How much of large messages is in memory at a time; the devices take turns. gRPC copies what
+# it sends, and keeps what it receives twice for a while.
+SENDING_BYTES = 256 << 20
+RECEIVING_BYTES = 96 << 20
+TURN_SECONDS = 60.0  # then the next may begin too: one slow link must not hold up a fleet
+OFFER_BYTES = 1 << 16  # more than a reply without weights takes
+
 LOST = "the connection broke"
 
 
@@ -37,23 +49,103 @@ class Device:
 
     cid: str  # unique; "?1", "?2", … for clients that do not say who they are
     properties: Mapping[str, Any]  # what it said of itself, cleaned
-    requests: asyncio.Queue = field(default_factory=asyncio.Queue, repr=False)
+    requests: "asyncio.Queue[_Request]" = field(default_factory=asyncio.Queue, repr=False)
+    stream: asyncio.Task | None = field(default=None, repr=False)  # serves it
+    exchange: "_Exchange | None" = field(default=None, repr=False)  # whose request it works on
+    failures: int = 0  # bad replies in a row
 
     @property
     def name(self) -> str:
         """How people know it: "device 0", or "device ?" if it did not say."""
         return "device ?" if self.cid.startswith("?") else f"device {self.cid}"
 
+    @property
+    def busy(self) -> bool:
+        """Whether it has yet to answer, perhaps in a round that is over."""
+        return self.exchange is not None
+
+    @property
+    def left_out(self) -> bool:
+        """Whether it has failed so often that it is not asked again before it joins anew."""
+        return self.failures >= MAX_FAILURES
+
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back from a device: bytes, or why there are none."""
+    """What came back from a device, or why nothing did."""
 
     device: Device
-    data: bytes | None
+    data: bytes | None  # a fit reply; or, if there is an `offer`, a parameters reply
     problem: str = ""
-    seconds: float = 0.0  # from sending the request to having the whole reply
+    offer: bytes = b""  # the fit reply that came before the weights
+    seconds: float = 0.0  # from sending the request to its being done
     bytes_sent: int = 0
+    end_turn: Callable[[], None] = field(default=lambda: None, repr=False)
+
+
+class _Exchange:
+    """The requests of a round and their replies. Touched in the fleet's thread alone."""
+
+    def __init__(self, round_id: str, devices: Iterable[Device], timeout: float | None) -> None:
+        self.round_id = round_id
+        self.timeout = timeout
+        self.replies: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()  # None is the end
+        self.waiting = {device.cid: device for device in devices}
+        self.lost: set[str] = set()  # those of `waiting` whose connection broke
+        self.offered: set[str] = set()  # those of `waiting` that are done
+        self.open = True
+
+    def waits_for(self, device: Device) -> bool:
+        return self.waiting.get(device.cid) is device
+
+    def settle(self, reply: Reply) -> bool:
+        """Take a reply; False if nobody waits for it any more."""
+        if not self.waits_for(reply.device):
+            return False
+        del self.waiting[reply.device.cid]
+        self.replies.put(reply)
+        self.close_if_done()
+        return True
+
+    def lose(self, device: Device) -> None:
+        if self.waits_for(device):
+            self.lost.add(device.cid)
+            self.close_if_done()
+
+    def take_back(self, device: Device, round_id: Any) -> bool:
+        """Wait again for a device that was lost, if it has this round's work to offer."""
+        if not self.open or device.cid not in self.lost or round_id != self.round_id:
+            return False
+        self.lost.remove(device.cid)
+        self.waiting[device.cid] = device
+        return True
+
+    def close_if_done(self) -> None:
+        if self.open and self.waiting.keys() <= self.lost:
+            self.open = False
+            for device in self.waiting.values():
+                self.replies.put(Reply(device, None, LOST))
+            self.waiting = {}
+            self.replies.put(None)
+
+    def expire(self, also_offered: bool) -> list[Device]:
+        """Give up the devices that are not done; return those that are connected."""
+        late = [
+            device
+            for cid, device in self.waiting.items()
+            if cid not in self.lost and (also_offered or cid not in self.offered)
+        ]
+        for device in late:
+            self.settle(Reply(device, None, f"no reply in {self.timeout:g} s"))
+        return late
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Bytes for a device; without an exchange they are the last it hears."""
+
+    data: bytes
+    exchange: _Exchange | None = None
 
 
 class Fleet(ClientManager):
@@ -64,10 +156,11 @@ class Fleet(ClientManager):
         greeting: the config sent to each device that joins (see Settings).
         admit: looks at the properties of a device that wants to join and returns why it
             must not, or None. Not called for clients that tell nothing of themselves.
-        announce: called with a Device and "joined" or "left", from the fleet's thread.
+        announce: called with a Device and "joined", "left" or "is late", from the fleet's thread.
         refuse: called with a device's name and why it was refused, from the same thread.
-        max_reply_bytes: larger messages are refused before they are read.
-        keepalive_seconds: how often a silent connection is probed; a dead one is
+        model_bytes: size of the weights; messages far larger are refused before they are
+            read. Without it there is no limit.
+        keepalive_seconds: how often each end probes a silent connection; a dead one is
             noticed after this and a half more.
     """
 
@@ -78,14 +171,14 @@ class Fleet(ClientManager):
         admit: Callable[[Mapping[str, Any]], str | None],
         announce: Callable[[Device, str], None],
         refuse: Callable[[str, str], None],
-        max_reply_bytes: int = -1,
+        model_bytes: int = 0,
         keepalive_seconds: float = 10.0,
     ) -> None:
         self.greeting = wire.encode_get_properties(greeting)
         self.admit = admit
         self.announce = announce
         self.refuse = refuse
-        self.max_reply_bytes = max_reply_bytes
+        self.max_reply_bytes = 2 * model_bytes + (1 << 20) if model_bytes else -1
         self.keepalive_seconds = keepalive_seconds
         self.random = random.Random()  # what `sample` draws from; seed it for repeatable rounds
         self.avoided: set[str] = set()  # cids that `sample` takes only where others lack
@@ -93,7 +186,10 @@ class Fleet(ClientManager):
         self.changed = threading.Condition()
         self.closing = False
         self._numbers = itertools.count(1)
-        self._joins: set[asyncio.Task] = set()
+        self._streams: set[asyncio.Task] = set()
+        self._exchange: _Exchange | None = None
+        self._sending = asyncio.Semaphore(max(4, SENDING_BYTES // (model_bytes or 1)))
+        self._receiving = asyncio.Semaphore(max(2, RECEIVING_BYTES // (model_bytes or 1)))
 
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
@@ -135,21 +231,22 @@ class Fleet(ClientManager):
         with self.changed:
             return self.changed.wait_for(lambda: len(self.devices) >= num_clients, timeout)
 
+    def idle(self) -> list[Device]:
+        """Return the devices that can be asked, in an order that does not depend on chance."""
+        with self.changed:
+            return [d for _, d in sorted(self.devices.items()) if not d.busy and not d.left_out]
+
     def sample(
         self,
         num_clients: int,
         min_num_clients: int | None = None,
         criterion: Criterion | None = None,
     ) -> list[Any]:
-        """Draw devices without replacement; all of them if there are fewer."""
-        self.wait_for(min_num_clients or num_clients)
-        with self.changed:
-            # Sorted, so that the draw does not depend on who joined first.
-            able = [
-                d
-                for _, d in sorted(self.devices.items())
-                if not criterion or criterion.select(cast(ClientProxy, d))
-            ]
+        """Draw idle devices without replacement; all of them if there are fewer.
+
+        It does not wait for `min_num_clients`: the round loop has done so already.
+        """
+        able = [d for d in self.idle() if not criterion or criterion.select(cast(ClientProxy, d))]
         chosen: list[Any] = []
         for group in (
             [d for d in able if d.cid not in self.avoided],
@@ -160,19 +257,36 @@ class Fleet(ClientManager):
 
     # --- Talking to devices ---
 
-    def exchange(self, requests: Iterable[tuple[Device, bytes]]) -> Iterator[Reply]:
-        """Send each device its request, all at once; yield the replies as they arrive."""
-        replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
-        count = 0
-        for device, data in requests:
-            self._loop.call_soon_threadsafe(self._ask, device, data, replies)
-            count += 1
-        for _ in range(count):
-            yield replies.get()
+    def exchange(
+        self,
+        requests: Iterable[tuple[Device, bytes]],
+        round_id: str = "",
+        timeout: float | None = None,
+    ) -> Iterator[Reply]:
+        """Send each device its request, all at once; yield the replies as they arrive.
+
+        A device whose connection breaks is not waited for, but if it is back with its work
+        done before the others are, it still counts.
+
+        Args:
+            round_id: what the requests carry as wire.ROUND_ID.
+            timeout: seconds, then the devices that are not done are given up, and what they
+                send later is dropped. Those that are done get as long again to hand over
+                their weights.
+        """
+        requests = list(requests)
+        exchange = _Exchange(round_id, (device for device, _ in requests), timeout)
+        self._loop.call_soon_threadsafe(self._open, exchange, requests)
+        try:
+            while reply := exchange.replies.get():
+                yield reply
+                self._loop.call_soon_threadsafe(reply.end_turn)
+        finally:
+            self._loop.call_soon_threadsafe(exchange.waiting.clear)  # should nobody listen any more
 
     def close(self, run_is_over: bool) -> None:
-        """Stop listening. With `run_is_over` devices are told to end, else they come back."""
-        self._call(self._stop(GOODBYE_SECONDS if run_is_over else 0))
+        """Stop listening. With `run_is_over` devices are told to end, else to come back."""
+        self._call(self._stop(run_is_over))
         self._stop_loop()
 
     # --- In the fleet's thread ---
@@ -186,11 +300,18 @@ class Fleet(ClientManager):
                 ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
                 ("grpc.keepalive_timeout_ms", int(self.keepalive_seconds * 500)),
                 ("grpc.http2.max_pings_without_data", 0),
+                ("grpc.http2.max_ping_strikes", 0),  # devices probe the connection as often
+                ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
             ]
         )
         join = grpc.stream_stream_rpc_method_handler(self._join)  # bytes in, bytes out
-        handlers = grpc.method_handlers_generic_handler("flwr.proto.FlowerService", {"Join": join})
-        self._server.add_generic_rpc_handlers((handlers,))
+        hello = grpc.unary_unary_rpc_method_handler(self._hello)
+        self._server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler("flwr.proto.FlowerService", {"Join": join}),
+                grpc.method_handlers_generic_handler("plumbing.Fleet", {"Hello": hello}),
+            )
+        )
         host, port = addresses[0]
         for host, _ in reversed(addresses):
             try:
@@ -200,23 +321,30 @@ class Fleet(ClientManager):
         await self._server.start()
         return reachable_address(host, port)
 
+    async def _hello(self, _: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """Tell a device what it must know before it opens the stream."""
+        return json.dumps({"keepalive_seconds": self.keepalive_seconds}).encode()
+
     async def _join(self, _: Any, context: grpc.aio.ServicerContext) -> None:
         """Serve one device for as long as it is connected."""
-        task = asyncio.current_task()
-        assert task
-        self._joins.add(task)
+        stream = asyncio.current_task()
+        assert stream
+        self._streams.add(stream)
         try:
             device = await self._greet(context)
+            device.stream = stream
             if self.closing:  # it came while the run ended
-                device.requests.put_nowait((None, None))
+                device.requests.put_nowait(_Request(wire.encode_goodbye()))
             try:
                 while await self._serve_one(device, context):
                     pass
             finally:
-                self._answer_for_the_lost(device)
+                while not device.requests.empty():  # what it never got to see
+                    if exchange := device.requests.get_nowait().exchange:
+                        exchange.lose(device)
                 self.unregister(device)
         finally:
-            self._joins.discard(task)
+            self._streams.discard(stream)
 
     async def _greet(self, context: grpc.aio.ServicerContext) -> Device:
         """Ask the device what it is; return it, registered, or refuse it."""
@@ -255,49 +383,124 @@ class Fleet(ClientManager):
                 self.refuse(device.name, reason)
                 await context.abort(grpc.StatusCode.ALREADY_EXISTS, reason)
             await asyncio.sleep(0.1)
+        # What it trained before its connection broke is not lost, if the round still goes on.
+        round_id = properties.get(wire.ROUND_ID)
+        if self._exchange and self._exchange.take_back(device, round_id):
+            data = wire.encode_fit([], {wire.ROUND_ID: self._exchange.round_id})
+            device.requests.put_nowait(_Request(data, self._exchange))
         return device
 
-    def _ask(self, device: Device, data: bytes, replies: "queue.SimpleQueue[Reply]") -> None:
-        if self.devices.get(device.cid) is device:
-            device.requests.put_nowait((data, replies))
-        else:
-            replies.put(Reply(device, None, LOST))
+    def _open(self, exchange: _Exchange, requests: list[tuple[Device, bytes]]) -> None:
+        self._exchange = exchange
+        for device, data in requests:
+            if self.devices.get(device.cid) is device:
+                device.requests.put_nowait(_Request(data, exchange))
+            else:
+                exchange.lost.add(device.cid)
+        exchange.close_if_done()
+        if exchange.timeout:
+            self._loop.call_later(exchange.timeout, self._expire, exchange, False)
+
+    def _expire(self, exchange: _Exchange, also_offered: bool) -> None:
+        """Close a round without those that are late."""
+        assert exchange.timeout
+        for device in exchange.expire(also_offered):
+            self.announce(device, "is late")
+            # Whoever is still busy after as long again hangs.
+            self._loop.call_later(exchange.timeout, self._hang_up, device, exchange)
+        if not also_offered:
+            self._loop.call_later(exchange.timeout, self._expire, exchange, True)
+
+    def _hang_up(self, device: Device, exchange: _Exchange) -> None:
+        if device.exchange is exchange and device.stream:
+            device.stream.cancel()
 
     async def _serve_one(self, device: Device, context: grpc.aio.ServicerContext) -> bool:
         """Hand one request to the device and its reply back; False when it was the last."""
-        data, replies = await device.requests.get()
-        if data is None:  # the run is over
-            await context.write(wire.encode_done())
+        request = await device.requests.get()
+        exchange = request.exchange
+        if exchange is None:
+            await context.write(request.data)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(context.read(), GOODBYE_SECONDS)
             return False
-        start = time.monotonic()
-        reply = Reply(device, None, LOST)
+        device.exchange = exchange
+        reply = None
         try:
-            await context.write(data)
-            # Reading only when a reply is due lets HTTP/2 hold back whatever else is sent.
-            answer = await context.read()
-            if answer is not grpc.aio.EOF:
-                seconds = time.monotonic() - start
-                reply = Reply(device, answer, "", seconds, len(data))
+            reply = await self._ask(device, request.data, exchange, context)
+        except BadReply as error:
+            reply = Reply(device, None, str(error))
+            return False
         finally:
-            replies.put(reply)
-        return reply.data is not None
+            if reply is None:
+                exchange.lose(device)
+            elif not exchange.settle(reply):
+                reply.end_turn()
+                self.announce(device, "answered too late, which does not count")
+            with self.changed:
+                device.exchange = None
+                self.changed.notify_all()
+        return True
 
-    def _answer_for_the_lost(self, device: Device) -> None:
-        """Give an answer to requests that a device that has gone never got to see."""
-        while not device.requests.empty():
-            _, replies = device.requests.get_nowait()
-            if replies:
-                replies.put(Reply(device, None, LOST))
+    async def _ask(
+        self, device: Device, data: bytes, exchange: _Exchange, context: grpc.aio.ServicerContext
+    ) -> Reply:
+        """Send a request; return the reply, the weights being fetched when it is their turn."""
+        end_turn = await self._turn(self._sending)
+        try:
+            start = time.monotonic()
+            await context.write(data)
+        finally:
+            end_turn()
+        answer = await self._read(context)
+        seconds = time.monotonic() - start
+        if not _is_offer(answer, exchange.round_id):
+            return Reply(device, answer, "", b"", seconds, len(data))
+        exchange.offered.add(device.cid)
+        end_turn = await self._turn(self._receiving)
+        try:
+            if not exchange.waits_for(device):
+                return Reply(device, None, "too late")
+            await context.write(wire.encode_get_parameters({wire.ROUND_ID: exchange.round_id}))
+            weights = await self._read(context)
+        except BaseException:
+            end_turn()
+            raise
+        return Reply(device, weights, "", answer, seconds, len(data), end_turn)
 
-    async def _stop(self, goodbye_seconds: float) -> None:
+    async def _read(self, context: grpc.aio.ServicerContext) -> bytes:
+        """Read a reply. Reading only when one is due makes HTTP/2 hold back whatever else comes."""
+        data = await context.read()
+        if data is grpc.aio.EOF:
+            # If the connection broke, or the reply is too large, gRPC cancels us in this time.
+            await asyncio.sleep(0.5)
+            raise BadReply("hung up")
+        return cast(bytes, data)
+
+    async def _turn(self, turns: asyncio.Semaphore) -> Callable[[], None]:
+        """Wait for a turn; return what ends it. After TURN_SECONDS it ends by itself."""
+        await turns.acquire()
+
+        def end() -> None:
+            if not timer.cancelled():
+                timer.cancel()
+                turns.release()
+
+        timer = self._loop.call_later(TURN_SECONDS, end)
+        return end
+
+    async def _stop(self, run_is_over: bool) -> None:
         self.closing = True
-        if goodbye_seconds and self._joins:
-            for device in list(self.devices.values()):
-                device.requests.put_nowait((None, None))
-            await asyncio.wait(self._joins, timeout=goodbye_seconds)
-        await self._server.stop(goodbye_seconds or None)  # without calls it does not wait
+        told = [d for d in self.devices.values() if run_is_over or not d.busy]
+        goodbye = wire.encode_goodbye(0 if run_is_over else PAUSE_SECONDS)
+        for device in told:
+            device.requests.put_nowait(_Request(goodbye))
+        # Those that are just joining are told when they have, too.
+        streams = self._streams if run_is_over else {d.stream for d in told if d.stream}
+        if streams:
+            await asyncio.wait(streams, timeout=GOODBYE_SECONDS if run_is_over else 1)
+        # Without calls it does not wait.
+        await self._server.stop(GOODBYE_SECONDS if run_is_over else None)
 
     def _call(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -306,3 +509,14 @@ class Fleet(ClientManager):
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _is_offer(data: bytes, round_id: str) -> bool:
+    """Return whether a reply says that the weights of this round can be had."""
+    if not round_id or len(data) > OFFER_BYTES:
+        return False
+    try:
+        weights, _, metrics = wire.decode_fit_reply(data)
+    except BadReply:
+        return False
+    return not weights and metrics.get(wire.ROUND_ID) == round_id

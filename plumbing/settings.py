@@ -19,6 +19,7 @@ class Settings:
     lr_end: float  # at its last step; falls linearly in between
     server_round: int = 0
     epochs: int = 1
+    round_seconds: float = 0.0  # stop training after so long; 0 is never
     batch_size: int = 32
     momentum: float = 0.9
     proximal_mu: float = 0.0  # FedProx's mu; 0 is FedAvg

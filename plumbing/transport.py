@@ -1,17 +1,21 @@
 """The device's end of Flower's gRPC stream: wait for the server, serve it, come back.
 
-One process, one channel. `serve` returns when the server says that the run is over.
+One process, one stream. `serve` returns when the server says that the run is over.
 """
 
+import json
 import logging
+import math
 import queue
 import random
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import grpc
+import numpy as np
 from flwr.client import NumPyClient
 
 from plumbing import wire
@@ -21,7 +25,13 @@ from plumbing.errors import FederationError, Refused
 logger = logging.getLogger(__name__)
 
 JOIN = "/flwr.proto.FlowerService/Join"
+HELLO = "/plumbing.Fleet/Hello"
 MAX_PAUSE_SECONDS = 30.0
+HELLO_SECONDS = 10.0  # gRPC itself tries for 20 s to reach an address that swallows packets
+MIN_PAUSE_SECONDS = 0.5
+# A stock Flower server hangs up on a client that probes more often than every 300 s.
+STOCK_KEEPALIVE_SECONDS = 310.0
+NO_PROXY = [("grpc.enable_http_proxy", 0)]  # a server on the local network is not behind one
 
 # What a server answers to a device that it will not take however often it asks.
 REFUSALS = {
@@ -36,43 +46,56 @@ REFUSALS = {
 def serve(
     server_address: str,
     client: NumPyClient,
-    on_connected: Callable[[], None],
+    on_state: Callable[[str], None],
     max_wait_seconds: float | None = None,
+    stay: bool = False,
 ) -> None:
     """Do what the server asks of `client` until the run is over.
 
     A server that is not up yet is waited for, and one that goes away is sought again,
-    with exponential back-off and jitter, pauses of 30 s at most.
+    with exponential back-off and jitter, at most 30 s from one attempt to the next. An
+    exception in the client's `fit` or `evaluate` is told to the server, and survived.
 
     Args:
-        on_connected: called each time that the server has spoken on a new connection.
+        on_state: called with "connected to …" each time that the server has spoken on a
+            new connection, with "waiting for …" whenever there is none.
         max_wait_seconds: give up after so long without a server; None is never.
+        stay: when the run is over, wait for the next.
 
     Raises:
         Refused: the server does not take this device.
         FederationError: no such host, no server for `max_wait_seconds`, or one that
             sends what makes no sense.
     """
+    worker = _Worker(client)
     failures = 0
     last_seen = time.monotonic()
     while True:
-        outcome = _serve_once(server_address, client, on_connected)
-        if outcome.done:
+        started = time.monotonic()
+        left = math.inf if max_wait_seconds is None else last_seen + max_wait_seconds - started
+        outcome = _serve_once(server_address, worker, on_state, left)
+        if outcome.done and not stay:
             return
+        now = time.monotonic()
         if outcome.connected:
-            failures, last_seen = 0, time.monotonic()
+            # A server that takes a device and drops it at once is not worth hurrying for.
+            failures = 0 if now - started > MAX_PAUSE_SECONDS else failures
+            last_seen = started = now
         failures += 1
         pause = min(MAX_PAUSE_SECONDS, 2.0 ** min(failures, 10)) * random.uniform(0.5, 1)
-        pause = max(pause, outcome.pause_seconds)
+        pause = max(started + pause - now, outcome.pause_seconds, MIN_PAUSE_SECONDS)
         if max_wait_seconds is not None:
-            left = last_seen + max_wait_seconds - time.monotonic()
+            left = last_seen + max_wait_seconds - now
             if left <= 0:
                 raise FederationError(
                     f"no server at {server_address} for {max_wait_seconds:g} s, giving up "
                     f"({outcome.reason}); is server.py running there?"
                 )
             pause = min(pause, left)
-        if outcome.connected:
+        on_state(f"waiting for {server_address} ({outcome.reason})")
+        if outcome.done:
+            logger.info(f"the run is over, waiting for the next at {server_address}")
+        elif outcome.connected:
             logger.info(f"left {server_address} ({outcome.reason}), next try in {pause:.0f} s")
         else:
             logger.info(
@@ -80,6 +103,65 @@ def serve(
                 f"next try in {pause:.0f} s (is server.py running there?)"
             )
         time.sleep(pause)
+
+
+class _Worker:
+    """Answers requests; keeps what it trained last until something new is trained."""
+
+    def __init__(self, client: NumPyClient) -> None:
+        self.client = client
+        self.round_id = ""  # of the round that the rest belongs to
+        self.offer = b""
+        self.weights: list[np.ndarray] = []
+        self.problem = ""  # with the last reply, to be told with the next one
+        self.traffic = {"total_bytes_received": 0, "total_bytes_sent": 0}
+
+    def answer(self, data: bytes, request: wire.Request) -> bytes:
+        """Return the reply to `request`, which came as `data`."""
+        self.traffic["total_bytes_received"] += len(data)
+        reply = self._answer(request)
+        self.traffic["total_bytes_sent"] += len(reply)
+        return reply
+
+    def _answer(self, request: wire.Request) -> bytes:
+        round_id = str(request.config.get(wire.ROUND_ID, ""))
+        if request.kind == "get_properties":
+            properties = self.client.get_properties(request.config)
+            held = {wire.ROUND_ID: self.round_id} if self.round_id else {}
+            return wire.encode_properties_reply({**properties, **held})
+        if request.kind == "get_parameters":
+            if round_id and round_id == self.round_id:
+                return wire.encode_parameters_reply(self.weights)
+            return wire.encode_parameters_reply(self.client.get_parameters(request.config))
+        try:
+            if request.kind == "fit":
+                return self._fit(request, round_id)
+            return wire.encode_evaluate_reply(
+                *self.client.evaluate(list(request.weights), request.config)
+            )
+        except Exception as error:  # the user's own code may raise anything
+            if not isinstance(error, FederationError):
+                traceback.print_exc()
+            reason = str(error) if isinstance(error, FederationError) else repr(error)
+            logger.error(f"{request.kind} failed, the server is told: {reason}")
+            if request.kind == "fit":
+                return wire.encode_fit_failure(reason)
+            return wire.encode_evaluate_failure(reason)
+
+    def _fit(self, request: wire.Request, round_id: str) -> bytes:
+        if round_id and round_id == self.round_id:
+            return self.offer  # the connection broke before it arrived, or the round is repeated
+        self.round_id, self.weights = "", []
+        if self.problem:
+            problem, self.problem = self.problem, ""
+            raise FederationError(problem)
+        weights, num_examples, metrics = self.client.fit(list(request.weights), request.config)
+        metrics = {**metrics, **self.traffic}
+        if not round_id:
+            return wire.encode_fit_reply(weights, num_examples, metrics)
+        self.offer = wire.encode_fit_reply([], num_examples, {**metrics, wire.ROUND_ID: round_id})
+        self.round_id, self.weights = round_id, weights
+        return self.offer
 
 
 @dataclass
@@ -93,25 +175,29 @@ class _Outcome:
 
 
 def _serve_once(
-    server_address: str, client: NumPyClient, on_connected: Callable[[], None]
+    server_address: str, worker: _Worker, on_state: Callable[[str], None], seconds: float
 ) -> _Outcome:
-    """Connect and answer requests until the connection ends, one way or another."""
+    """Connect, within `seconds`, and answer requests until the connection ends."""
     outcome = _Outcome()
     try:
         resolve(server_address)  # gRPC tells less well that a name is not known
-        with _join(server_address) as (messages, replies):
+        timeout = max(MIN_PAUSE_SECONDS, min(HELLO_SECONDS, seconds))
+        keepalive_seconds = _keepalive_seconds(server_address, timeout)
+        with _join(server_address, keepalive_seconds) as (messages, replies):
             for data in messages:
                 if not outcome.connected:
                     outcome.connected = True
-                    on_connected()
+                    on_state(f"connected to {server_address}")
                 request = wire.decode_request(data)
                 if request.kind == "reconnect":
                     outcome.done = request.reconnect_seconds <= 0
                     outcome.pause_seconds = request.reconnect_seconds
                     replies.put(wire.encode_done_reply(will_reconnect=not outcome.done))
                 else:
-                    replies.put(_answer(client, request))
-        outcome.reason = "the server ended the conversation"
+                    replies.put(worker.answer(data, request))
+        outcome.reason = "the run is over" if outcome.done else "the server ended the conversation"
+        if outcome.pause_seconds:
+            outcome.reason = "the server was interrupted"
     except UnknownHost as error:
         if not error.may_pass:
             raise
@@ -120,19 +206,40 @@ def _serve_once(
         if error.code() in REFUSALS:
             raise Refused(f"the server refuses this device: {error.details()}") from None
         outcome.reason = _plain_words(error)
+        if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+            # The server sees a connection break. Without a word it would ask for ever.
+            worker.round_id, worker.weights, worker.problem = "", [], outcome.reason
     return outcome
 
 
+def _keepalive_seconds(server_address: str, timeout: float) -> float:
+    """Ask how often the connection may be probed, and whether the server is there at all."""
+    with grpc.insecure_channel(server_address, NO_PROXY) as channel:
+        try:
+            answer = channel.unary_unary(HELLO)(b"", timeout=timeout)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+                return STOCK_KEEPALIVE_SECONDS
+            raise
+    try:
+        return max(1.0, float(json.loads(answer)["keepalive_seconds"]))
+    except (KeyError, TypeError, ValueError):
+        raise FederationError(f"{server_address} is no server of this kind: {answer!r}") from None
+
+
 @contextmanager
-def _join(server_address: str) -> Iterator[tuple[Iterator[bytes], "queue.SimpleQueue[bytes]"]]:
+def _join(
+    server_address: str, keepalive_seconds: float
+) -> Iterator[tuple[Iterator[bytes], "queue.SimpleQueue[bytes]"]]:
     """Open the stream; yield the server's messages and a queue for the answers."""
     options = [
+        *NO_PROXY,
         ("grpc.max_send_message_length", -1),
         ("grpc.max_receive_message_length", -1),
-        # Find out a server that fell silent. A stock Flower server hangs up on a client that
-        # asks more often than every 300 s.
-        ("grpc.keepalive_time_ms", 310_000),
-        ("grpc.enable_http_proxy", 0),  # a server on the local network is not behind one
+        # Find out a server that fell silent, or a link that died without a word.
+        ("grpc.keepalive_time_ms", int(keepalive_seconds * 1000)),
+        ("grpc.keepalive_timeout_ms", int(keepalive_seconds * 500)),
+        ("grpc.http2.max_pings_without_data", 0),
     ]
     replies: queue.SimpleQueue = queue.SimpleQueue()
     with grpc.insecure_channel(server_address, options) as channel:
@@ -145,17 +252,6 @@ def _join(server_address: str) -> Iterator[tuple[Iterator[bytes], "queue.SimpleQ
             stream.cancel()
 
 
-def _answer(client: NumPyClient, request: wire.Request) -> bytes:
-    weights = list(request.weights)
-    if request.kind == "get_properties":
-        return wire.encode_properties_reply(client.get_properties(request.config))
-    if request.kind == "get_parameters":
-        return wire.encode_parameters_reply(client.get_parameters(request.config))
-    if request.kind == "fit":
-        return wire.encode_fit_reply(*client.fit(weights, request.config))
-    return wire.encode_evaluate_reply(*client.evaluate(weights, request.config))
-
-
 def _plain_words(error: grpc.RpcError) -> str:
     """Return gRPC's reason without its addresses, file names and repetitions."""
     details = error.details() or ""
@@ -164,6 +260,10 @@ def _plain_words(error: grpc.RpcError) -> str:
             return words.lower()
     if "cancelling all calls" in details.lower():
         return "the server stopped"
+    if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+        return f"its reply is too large: {details.removeprefix('SERVER: ')}"
+    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return "no answer"
     if "timed out" in details.lower() or "timeout" in details.lower():
         return "no answer"
     return f"{error.code().name}: {details}"

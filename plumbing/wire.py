@@ -25,6 +25,12 @@ Scalars = dict[str, Any]  # Flower's config, properties and metrics: bool, bytes
 
 TENSOR_TYPE = "numpy.ndarray"
 
+# Between this project's server and devices a fit takes two requests. The first carries this
+# key, with a name for the round, in its config; the device answers without weights and with
+# the same key in its metrics: they can be had. The server asks for them when it has room, or
+# never if the round is over; a device whose connection broke can offer them once more.
+ROUND_ID = "round_id"
+
 
 # --- Arrays, in NumPy's .npy format ---------------------------------------------------
 
@@ -104,9 +110,18 @@ def encode_fit(tensors: Iterable[bytes], config: Mapping[str, Any]) -> bytes:
     return _with_tensors(ServerMessage, "fit_ins", instruction, [[data] for data in tensors])
 
 
-def encode_done() -> bytes:
-    """Tell a device that the run is over."""
+def encode_get_parameters(config: Mapping[str, Any]) -> bytes:
+    """Ask a device for the weights that it has."""
     message = ServerMessage()
+    _fill_scalars(message.get_parameters_ins.config, config)
+    message.get_parameters_ins.SetInParent()
+    return message.SerializeToString()
+
+
+def encode_goodbye(pause_seconds: int = 0) -> bytes:
+    """Tell a device that the run is over, or to come back after a pause."""
+    message = ServerMessage()
+    message.reconnect_ins.seconds = pause_seconds
     message.reconnect_ins.SetInParent()
     return message.SerializeToString()
 
@@ -169,6 +184,14 @@ def encode_fit_reply(weights: Weights, num_examples: int, metrics: Mapping[str, 
     return _with_tensors(ClientMessage, "fit_res", reply, map(_npy_parts, weights))
 
 
+def encode_fit_failure(reason: str) -> bytes:
+    """Say that the training failed, and why."""
+    message = ClientMessage()
+    message.fit_res.status.code = Code.FIT_NOT_IMPLEMENTED  # the nearest that Flower has
+    message.fit_res.status.message = reason
+    return message.SerializeToString()
+
+
 def encode_evaluate_reply(loss: float, num_examples: int, metrics: Mapping[str, Any]) -> bytes:
     """Hand over the result of a local evaluation."""
     message = ClientMessage()
@@ -176,6 +199,14 @@ def encode_evaluate_reply(loss: float, num_examples: int, metrics: Mapping[str, 
     message.evaluate_res.loss = loss
     message.evaluate_res.num_examples = num_examples
     _fill_scalars(message.evaluate_res.metrics, metrics)
+    return message.SerializeToString()
+
+
+def encode_evaluate_failure(reason: str) -> bytes:
+    """Say that the evaluation failed, and why."""
+    message = ClientMessage()
+    message.evaluate_res.status.code = Code.EVALUATE_NOT_IMPLEMENTED
+    message.evaluate_res.status.message = reason
     return message.SerializeToString()
 
 
@@ -210,6 +241,16 @@ def decode_fit_reply(data: bytes) -> tuple[list[np.ndarray], int, Scalars]:
         raise BadReply(f"could not train: {said if said.isprintable() else ascii(said)}")
     weights = [unpack_array(tensor) for tensor in tensors]
     return weights, reply.num_examples, _scalars(reply.metrics)
+
+
+def decode_parameters_reply(data: bytes) -> list[np.ndarray]:
+    """Return the weights in a reply to `encode_get_parameters`.
+
+    Raises:
+        BadReply: the bytes are another message, or none.
+    """
+    _, tensors = _open_reply(data, "get_parameters_res")
+    return [unpack_array(tensor) for tensor in tensors]
 
 
 def _open_reply(data: bytes, expected: str) -> tuple[Any, list[memoryview]]:

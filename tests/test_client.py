@@ -8,6 +8,7 @@ import pytest
 
 import client
 import utils
+from plumbing.errors import FederationError
 from tests.conftest import ROOT
 
 DATA = "synthetic:400"
@@ -82,5 +83,5 @@ def test_flower_is_imported_with_its_telemetry_off():
 
 
 def test_weights_of_another_model_name_the_way_out(device):
-    with pytest.raises(utils.TaskError, match="start both sides with the same --model"):
+    with pytest.raises(FederationError, match="start both sides with the same --model"):
         device.fit(utils.get_weights(device.net)[:-1], config())

@@ -38,10 +38,10 @@ class Adder(NumPyClient):
         return new, self.num_examples, {"proximal_mu": config.get("proximal_mu", -1.0)}
 
     def serve(self, address: str, max_wait_seconds: float | None = 20) -> None:
-        def connected() -> None:
-            self.connections += 1
+        def note(state: str) -> None:
+            self.connections += state.startswith("connected")
 
-        transport.serve(address, self, connected, max_wait_seconds)
+        transport.serve(address, self, note, max_wait_seconds)
 
 
 @pytest.fixture
@@ -183,16 +183,17 @@ def test_client_that_answers_nonsense_is_refused(open_fleet, events, greeting):
     assert fleet.num_available() == 0
 
 
-def test_reply_far_larger_than_the_model_is_refused_before_it_is_read(open_fleet, join):
+def test_reply_far_larger_than_the_model_is_refused_before_it_is_read(open_fleet, join, capsys):
     class Braggart(Adder):
         def fit(self, parameters, config):
             return [np.zeros(1_000_000, np.float32)], 10, {}
 
-    fleet = open_fleet(max_reply_bytes=1 << 20)
+    fleet = open_fleet(model_bytes=1000)
     join(Braggart("0"), fleet)
-    assert fleet.wait_for(1, timeout=10)
-    (reply,) = fleet.exchange([(fleet.all()["0"], fit_request())])
-    assert reply.data is None
+    for problem in ("the connection broke", "too large: Received message larger than max"):
+        assert fleet.wait_for(1, timeout=10)
+        _, record = server.run_round(1, WEIGHTS, NAMES, make_strategy("FedAvg", 1), fleet)
+        assert problem in record["dropped"][0]["reason"]
 
 
 def test_sample_is_repeatable_and_independent_of_who_came_first(open_fleet, join):
@@ -341,7 +342,7 @@ def test_strategies_from_the_weighted_mean_equal_flowers_own_on_all_replies():
         def sample(self, num_clients, min_num_clients):
             return self.devices
 
-        def exchange(self, requests):
+        def exchange(self, requests, round_id, timeout):
             for i in (2, 0, 3, 1):
                 data = wire.encode_fit_reply(updates[i], counts[i], {})
                 yield Reply(self.devices[i], data)

@@ -11,6 +11,7 @@ SETTINGS = Settings(
     lr_end=0.0,
     server_round=3,
     epochs=2,
+    round_seconds=1.5,
     batch_size=64,
     momentum=0.0,
     proximal_mu=0.01,

@@ -223,7 +223,7 @@ def test_training_with_the_same_seed_repeats_bit_for_bit(data):
     runs = []
     for _ in range(2):
         net = utils.build_model("Net")
-        loss = utils.train(net, utils.TrainLoader(data, 32, seed=3), lr_end=0.0, log=silent)
+        loss = utils.train(net, utils.TrainLoader(data, 32, seed=3), lr_end=0.0, log=silent).loss
         runs.append((loss, utils.get_weights(net)))
     (loss, weights), (loss_again, weights_again) = runs
     assert loss == loss_again
@@ -326,7 +326,7 @@ def test_frozen_weights_stay_also_with_fedprox(data):
 
 
 def test_training_prints_its_two_lines_and_returns_the_mean_loss(data, capsys):
-    loss = utils.train(utils.build_model("Net"), utils.TrainLoader(data, 32), lr=0.0)
+    loss = utils.train(utils.build_model("Net"), utils.TrainLoader(data, 32), lr=0.0).loss
     first, second = capsys.readouterr().out.splitlines()
     assert first == "Training 1 epoch(s) w/ 20 batches each"
     assert re.fullmatch(r"Epoch took: \d+\.\d\d seconds", second)

@@ -197,7 +197,7 @@ def test_we_read_flwrs_other_requests():
     message.reconnect_ins.seconds = 5
     request = wire.decode_request(message.SerializeToString())
     assert (request.kind, request.reconnect_seconds) == ("reconnect", 5)
-    assert wire.decode_request(wire.encode_done()).reconnect_seconds == 0
+    assert wire.decode_request(wire.encode_goodbye()).reconnect_seconds == 0
 
 
 def test_flwr_reads_our_first_question_and_our_last_word():
@@ -208,7 +208,7 @@ def test_flwr_reads_our_first_question_and_our_last_word():
     assert ServerMessage.FromString(wire.encode_get_properties({})).WhichOneof("msg") == (
         "get_properties_ins"
     )
-    assert ServerMessage.FromString(wire.encode_done()).WhichOneof("msg") == "reconnect_ins"
+    assert ServerMessage.FromString(wire.encode_goodbye()).WhichOneof("msg") == "reconnect_ins"
 
 
 def test_fields_may_come_in_any_order_and_in_parts():
