@@ -26,6 +26,7 @@ import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,7 +42,6 @@ import utils
 from plumbing import wire
 from plumbing.addresses import listening_addresses
 from plumbing.checkpoints import (
-    STATE,
     RunDirectory,
     load_checkpoint,
     load_config,
@@ -159,6 +159,18 @@ def make_strategy(choice: str, **common: Any) -> FedAvg:
         raise FederationError(f"--strategy {choice}: {error}") from None
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What must hold for a round to begin, to end and to count."""
+
+    min_num_clients: int = 1  # devices that must be connected
+    min_sample_size: int = 1  # of these, devices that train
+    min_replies: int = 1  # of these, devices whose updates are good
+    timeout: float | None = None  # seconds, then it closes without those that are not done
+    retries: int = 0  # how often it is tried again when too few updates are good
+    max_update_norm: float = math.inf  # see check_update
+
+
 def strategy_state(strategy: FedAvg) -> dict[str, np.ndarray]:
     """Return what a strategy remembers from round to round, besides the global weights."""
     kept = {name: getattr(strategy, name, None) or [] for name in ("momentum_vector", "m_t", "v_t")}
@@ -179,17 +191,12 @@ def run_round(
     strategy: FedAvg,
     fleet: Fleet,
     round_id: str = "",
-    timeout: float | None = None,
-    min_replies: int = 1,
-    max_update_norm: float = math.inf,
+    rules: Rules = Rules(),
 ) -> tuple[list[np.ndarray] | None, dict[str, Any]]:
     """Send the weights out, train everywhere, bring the results together.
 
     Args:
         round_id: see wire.ROUND_ID; it must be in the config that the strategy sends.
-        timeout: seconds, then the round closes without the devices that are not done.
-        min_replies: with fewer good ones there are no new weights.
-        max_update_norm: see check_update.
 
     Returns:
         The new global weights, or None if the replies do not make any; and what
@@ -210,7 +217,7 @@ def run_round(
             encoded[key] = wire.encode_fit(fit_ins.parameters.tensors, fit_ins.config)
         requests.append((proxy, encoded[key]))
 
-    for reply in fleet.exchange(requests, round_id, timeout):
+    for reply in fleet.exchange(requests, round_id, rules.timeout):
         device = reply.device
         try:
             if reply.data is None:
@@ -218,7 +225,7 @@ def run_round(
             update, num_examples, metrics = wire.decode_fit_reply(reply.offer or reply.data)
             if reply.offer:
                 update = wire.decode_parameters_reply(reply.data)
-            check_update(update, num_examples, weights, names, max_update_norm)
+            check_update(update, num_examples, weights, names, rules.max_update_norm)
         except BadReply as error:
             print(f"round {server_round}: dropped {device.name}: {error}")
             dropped.append({"name": device.name, "reason": str(error)})
@@ -250,7 +257,7 @@ def run_round(
         del update, reply  # before the next one comes
     devices.sort(key=lambda entry: entry["name"])
     record = {"sampled": len(requests), "devices": devices, "dropped": dropped}
-    if len(devices) < min_replies:
+    if len(devices) < rules.min_replies:
         return None, record
 
     if not keep_all:
@@ -321,11 +328,11 @@ def tell(line: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def wait_for_devices(fleet: Fleet, min_num_clients: int, min_sample_size: int) -> None:
+def wait_for_devices(fleet: Fleet, rules: Rules) -> None:
     """Wait until there are devices for a round, and say so whenever their number changes.
 
-    `min_num_clients` must be connected, and `min_sample_size` of them not busy with a round
-    that is over; or all but those that are left out, if these are more than can be spared.
+    `min_num_clients` must be connected, and `min_sample_size` of them must not be busy with a
+    round that is over. Devices that are left out are not waited for.
     """
     said = ""
     with fleet.changed:
@@ -333,18 +340,56 @@ def wait_for_devices(fleet: Fleet, min_num_clients: int, min_sample_size: int) -
             connected = list(fleet.devices.values())
             able = [device for device in connected if not device.left_out]
             busy = sum(device.busy for device in able)
-            needed = max(1, min(min_sample_size, len(able)))
-            if len(connected) >= min_num_clients and len(able) - busy >= needed:
+            needed = max(1, min(rules.min_sample_size, len(able)))
+            if len(connected) >= rules.min_num_clients and len(able) - busy >= needed:
                 return
-            states = {"connected": len(connected), "busy": busy}
-            states["left out"] = len(connected) - len(able)
-            shown = ", ".join(f"{n} {state}" for state, n in states.items() if n or state[0] == "c")
-            devices = "1 device" if min_num_clients == 1 else f"{min_num_clients} devices"
+            shown = f"{len(connected)} connected"
+            shown += f", {busy} busy" if busy else ""
+            shown += f", {left_out} left out" if (left_out := len(connected) - len(able)) else ""
+            count = rules.min_num_clients
+            devices = "1 device" if count == 1 else f"{count} devices"
             line = f"waiting for {devices} at {fleet.address} ({shown})"
             if line != said:
                 print(line)
             said = line
             fleet.changed.wait()
+
+
+def finish_round(
+    server_round: int,
+    weights: list[np.ndarray],
+    names: Sequence[str],
+    strategy: FedAvg,
+    fleet: Fleet,
+    round_id: str,
+    rules: Rules,
+    seed: int,
+) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """Run a round, again if need be, until it has new weights.
+
+    Raises:
+        FederationError: it has none after as many retries as the rules allow.
+    """
+    dropped: list[dict[str, str]] = []
+    attempt = 0
+    fleet.avoided.clear()
+    while attempt <= rules.retries:
+        wait_for_devices(fleet, rules)
+        fleet.random.seed(f"{seed} {server_round} {attempt}")
+        new, record = run_round(server_round, weights, names, strategy, fleet, round_id, rules)
+        dropped += record["dropped"]
+        if new is not None:
+            return new, {**record, "dropped": dropped}
+        if not record["devices"] and all(d["reason"] == LOST for d in record["dropped"]):
+            continue  # nobody did wrong: wait until they are back
+        attempt += 1
+        print(
+            f"round {server_round}: no new model from {len(record['devices'])} good replies, "
+            f"attempt {attempt} of {rules.retries + 1}"
+        )
+    raise FederationError(
+        f"round {server_round} brought no new model in {attempt} attempts; the reasons are above"
+    )
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -413,6 +458,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="go on with the run in this directory, or with the newest in runs/, from its last "
         "finished round; its settings hold unless given anew",
     )
+    parser.set_defaults(run_id="")
     args = parser.parse_args(argv)
     if args.resume is not None:
         run_dir = Path(args.resume).expanduser() if args.resume else newest_run(ROOT / "runs")
@@ -475,6 +521,20 @@ def describe_evaluation(result: utils.Evaluation, testset: utils.ImageSet) -> di
     }
 
 
+def print_round(metrics: Mapping[str, Any], rounds: int, where: str) -> None:
+    """Print a line on a round, and one on each device."""
+    devices = metrics["devices"]
+    print(
+        f"round {metrics['server_round']}/{rounds}  devices {len(devices)}/{metrics['sampled']}  "
+        f"loss {metrics['loss']:.3f}  accuracy {100 * metrics['accuracy']:.1f} %{where}  "
+        f"{metrics['seconds']:.1f} s"
+    )
+    for device in devices[:MAX_DETAILS]:
+        print(detail(device))
+    if len(devices) > MAX_DETAILS:
+        print(f"  … and {len(devices) - MAX_DETAILS} more in metrics.jsonl")
+
+
 def print_classes(metrics: Mapping[str, Any]) -> None:
     """Print loss and accuracy for each class."""
     width = max(12, *map(len, metrics["class_loss"]))
@@ -514,7 +574,7 @@ def run(args: argparse.Namespace) -> None:
         if finished_round >= args.rounds:
             raise FederationError(
                 f"the run in '{args.run_dir}' has finished its {finished_round} rounds; "
-                f"to go on say --rounds {finished_round + 3}, say"
+                f"to go on, give it more: --rounds {finished_round + 3}"
             )
     elif args.init_weights:
         weights = load_weights(Path(args.init_weights).expanduser(), model, args.model)
@@ -535,23 +595,12 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
         )
 
-    config = {
-        **vars(args),
-        "data_dir": str(data_dir),
-        "test_images": f"{len(testset)} {testset.source}",
-        "classes": testset.classes,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "flwr": flwr.__version__,
-        "run_id": secrets.token_hex(8),
-    }
-    if args.resume:  # devices may still hold what they trained for it
-        config["run_id"] = load_config(Path(args.run_dir)).get("run_id", config["run_id"])
+    run_id = args.run_id or secrets.token_hex(8)
 
     def round_id(server_round: int) -> str:
-        """Return a name that another run's round, or one with other settings, does not have."""
+        """Return a name that no round of another run, or with other settings, has."""
         how = zlib.crc32(repr((args.strategy, settings(server_round))).encode())
-        return f"{config['run_id']}-{how:08x}-{server_round}"
+        return f"{run_id}-{how:08x}-{server_round}"
 
     def evaluate(weights: Sequence[np.ndarray]) -> utils.Evaluation:
         utils.set_weights(net, weights)
@@ -575,7 +624,15 @@ def run(args: argparse.Namespace) -> None:
     restore_strategy(strategy, state)
     if type(strategy).__name__ in NEED_ALL_UPDATES:
         size = UPDATE_COPIES * model_bytes / 1e6
-        print(f"{args.strategy} needs all updates at once: about {size:,.0f} MB a device")
+        print(f"{args.strategy} needs all updates at once: about {size:,.1f} MB a device")
+    rules = Rules(
+        min_num_clients=args.min_num_clients,
+        min_sample_size=args.min_sample_size,
+        min_replies=args.min_replies,
+        timeout=args.round_timeout or None,
+        retries=args.round_retries,
+        max_update_norm=args.max_update_norm or math.inf,
+    )
 
     fleet = Fleet(
         args.server_address,
@@ -586,104 +643,61 @@ def run(args: argparse.Namespace) -> None:
         model_bytes=model_bytes,
     )
     run_is_over = False
-    unwritten = None
-
-    def save(
-        server_round: int, weights: Sequence[np.ndarray], metrics: Mapping[str, Any] | None
-    ) -> None:
-        """Write the checkpoint and the round's metrics; a failure must not end the training."""
-        nonlocal unwritten
-        named = dict(zip(names, weights, strict=True))
-        named |= {STATE + name: array for name, array in strategy_state(strategy).items()}
-        try:
-            run_directory.add_round(metrics, named, notes(server_round))
-            unwritten = None
-        except FederationError as error:
-            unwritten = error
-            print(f"round {server_round}: {error}; training goes on", file=sys.stderr)
-
-    def notes(server_round: int) -> dict[str, str]:
-        return {
-            "server_round": str(server_round),
-            "model": args.model,
-            "classes": json.dumps(testset.classes),
-        }
-
+    run_directory = None
     try:
         default_dir = ROOT / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}"
-        run_dir = Path(args.run_dir).expanduser() if args.run_dir else default_dir
-        run_directory = RunDirectory(run_dir, config, finished_round)
-        here = Path.cwd()
-        shown = run_dir.relative_to(here) if run_dir.is_relative_to(here) else run_dir
+        config = {
+            **vars(args),
+            "data_dir": str(data_dir),
+            "run_id": run_id,
+            "test_images": f"{len(testset)} {testset.source}",
+            "classes": testset.classes,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "flwr": flwr.__version__,
+        }
+        run_directory = RunDirectory(
+            Path(args.run_dir).expanduser() if args.run_dir else default_dir, config, finished_round
+        )
         if finished_round is None:
             finished_round = 0
-            save(0, weights, None)
+            run_directory.save(0, dict(zip(names, weights, strict=True)))
         else:
-            print(f"going on with {shown} after round {finished_round}")
+            print(f"going on with {run_directory} after round {finished_round}")
         for server_round in range(finished_round + 1, args.rounds + 1):
-            retries = 0
-            dropped: list[dict[str, str]] = []
-            fleet.avoided.clear()
-            while True:
-                wait_for_devices(fleet, args.min_num_clients, args.min_sample_size)
-                fleet.random.seed(f"{args.seed} {server_round} {retries}")
-                start = time.perf_counter()
-                new_weights, record = run_round(
-                    server_round,
-                    weights,
-                    names,
-                    strategy,
-                    fleet,
-                    round_id(server_round),
-                    args.round_timeout or None,
-                    args.min_replies,
-                    args.max_update_norm or math.inf,
-                )
-                dropped += record["dropped"]
-                if new_weights is not None:
-                    break
-                if not record["devices"] and all(d["reason"] == LOST for d in record["dropped"]):
-                    continue  # nobody did wrong: wait until they are back
-                print(
-                    f"round {server_round}: {len(record['devices'])} good replies make no new "
-                    f"model, retry {retries} of {args.round_retries} done"
-                )
-                retries += 1
-                if retries > args.round_retries:
-                    raise FederationError(
-                        f"round {server_round} brought no new model in {retries} attempts; the "
-                        f"reasons are above. To go on from round {server_round - 1}: "
-                        f"python server.py --resume {shown}"
-                    )
-            weights = new_weights
+            start = time.perf_counter()
+            weights, record = finish_round(
+                server_round,
+                weights,
+                names,
+                strategy,
+                fleet,
+                round_id(server_round),
+                rules,
+                args.seed,
+            )
             trained = time.perf_counter()
             result = evaluate(weights)
-            seconds = time.perf_counter() - start
-            print(
-                f"round {server_round}/{args.rounds}  "
-                f"devices {len(record['devices'])}/{record['sampled']}  "
-                f"loss {result.loss:.3f}  accuracy {100 * result.accuracy:.1f} %{where}  "
-                f"{seconds:.1f} s"
-            )
-            for one in record["devices"][:MAX_DETAILS]:
-                print(detail(one))
+            end = time.perf_counter()
             metrics = {
                 "server_round": server_round,
                 **describe_evaluation(result, testset),
-                "seconds": round(seconds, 3),
-                "seconds_evaluate": round(seconds - (trained - start), 3),
+                "seconds": round(end - start, 3),
+                "seconds_evaluate": round(end - trained, 3),
                 **record,
-                "dropped": dropped,
             }
-            save(server_round, weights, metrics)
-            finished_round = server_round
+            print_round(metrics, args.rounds, where)
+            named = dict(zip(names, weights, strict=True))
+            run_directory.save(server_round, named, strategy_state(strategy), metrics)
         run_is_over = True
-    except (KeyboardInterrupt, SystemExit):
-        print(
-            f"server.py: interrupted after round {finished_round}; devices wait. To go on: "
-            f"python server.py --resume {shown}",
-            file=sys.stderr,
-        )
+    except BaseException as error:
+        if run_directory:
+            what = "stopped" if isinstance(error, Exception) else "interrupted"
+            print(
+                f"server.py: {what}; devices wait. To go on after round "
+                f"{run_directory.saved_round}: python server.py --resume {run_directory}",
+                file=sys.stderr,
+            )
         raise
     finally:
         signal.signal(signal.SIGINT, end_at_once)
@@ -692,13 +706,10 @@ def run(args: argparse.Namespace) -> None:
 
     print_classes(metrics)
     print(f"\ntest accuracy {100 * result.accuracy:.1f} % on {len(testset):,} {testset.source}")
-    if unwritten:
-        raise unwritten
-    named = dict(zip(names, weights, strict=True))
-    run_directory.write_weights("model.safetensors", named, notes(args.rounds))
+    run_directory.finish(named)
     title = f"{args.model}, {args.strategy}, tested on {len(testset):,} {testset.source}"
-    draw_report(run_dir / "report.png", title, run_directory.rounds())
-    print(f"model in {shown / 'model.safetensors'}, curves in {shown / 'report.png'}")
+    draw_report(run_directory.path / "report.png", title, run_directory.rounds())
+    print(f"model in {run_directory}/model.safetensors, curves in {run_directory}/report.png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

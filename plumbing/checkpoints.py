@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class RunDirectory:
 
     Args:
         path: made if it is not there.
-        config: written to config.json.
+        config: written to config.json; checkpoints repeat its "model" and "classes".
         resumed_round: the round of the checkpoint that a run goes on from. What metrics.jsonl
             says of later rounds, which the checkpoint does not hold, is taken out.
 
@@ -38,7 +39,9 @@ class RunDirectory:
     ) -> None:
         self.path = path
         self.config = config
+        self.saved_round = resumed_round or 0  # that of the checkpoint
         self._unwritten = ""  # metrics that found no room yet
+        self._problem: FederationError | None = None  # why the last round could not be written
         try:
             path.mkdir(parents=True, exist_ok=True)
             if resumed_round is not None:
@@ -72,56 +75,78 @@ class RunDirectory:
                 rounds.append({**metrics, "server_round": int(metrics["server_round"])})
         return rounds
 
-    def add_round(
-        self,
-        metrics: Mapping[str, Any] | None,
-        weights: Mapping[str, np.ndarray],
-        notes: Mapping[str, str],
-    ) -> None:
-        """Append a line to metrics.jsonl (none before the first round), replace the checkpoint.
+    def __str__(self) -> str:
+        here = Path.cwd()
+        return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
 
-        Raises:
-            FederationError: there is no room, say. The last checkpoint is intact then, and
-                the next call writes this round's metrics too.
+    def save(
+        self,
+        server_round: int,
+        weights: Mapping[str, np.ndarray],
+        state: Mapping[str, np.ndarray] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Append a line to metrics.jsonl and replace the checkpoint.
+
+        Where that fails, for want of room, say, it tells so, the last checkpoint stays as it
+        is, and the next call writes this round's metrics too.
+
+        Args:
+            state: the strategy's own arrays by name.
         """
         if metrics:
             self._unwritten += json.dumps(_without_nan(metrics)) + "\n"
+        named = {**weights, **{STATE + name: array for name, array in (state or {}).items()}}
         try:
-            if not self.path.is_dir():  # somebody tidied up
-                self.path.mkdir(parents=True)
-                self._write_config()
-            # Unbuffered: nothing may be left to be written when the file is cut back.
-            with (self.path / "metrics.jsonl").open("ab", buffering=0) as file:
-                size = file.tell()
-                try:
-                    rest = memoryview(self._unwritten.encode())
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                    os.fsync(file.fileno())
-                except OSError:
-                    os.truncate(file.fileno(), size)
-                    raise
-            self._unwritten = ""
+            self._append_metrics()
+            self._write_weights("checkpoint.safetensors", named, server_round)
+            self._problem, self.saved_round = None, server_round
         except OSError as error:
-            raise FederationError(f"cannot write to '{self.path}' ({error.strerror})") from error
-        self.write_weights("checkpoint.safetensors", weights, notes)
+            self._problem = FederationError(f"cannot write to '{self}' ({error.strerror})")
+            print(f"round {server_round}: {self._problem}; training goes on", file=sys.stderr)
 
-    def write_weights(
-        self, name: str, weights: Mapping[str, np.ndarray], notes: Mapping[str, str]
-    ) -> None:
-        """Write a safetensors file with `notes` as its metadata.
+    def finish(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Write model.safetensors.
 
         Raises:
-            FederationError: it cannot be written; a file of that name is as before.
+            FederationError: it, or the last round, could not be written.
         """
-        path = self.path / name
-        data = safetensors.numpy.save(
-            {key: np.asarray(value, order="C") for key, value in weights.items()}, dict(notes)
-        )
+        if self._problem:
+            raise self._problem
         try:
-            write_whole(path, data)
+            self._write_weights("model.safetensors", weights, self.saved_round)
         except OSError as error:
-            raise FederationError(f"cannot write '{path}' ({error.strerror})") from error
+            raise FederationError(f"cannot write to '{self}' ({error.strerror})") from error
+
+    def _append_metrics(self) -> None:
+        if not self.path.is_dir():  # somebody tidied up
+            self.path.mkdir(parents=True)
+            self._write_config()
+        # Unbuffered: nothing may be left to be written when the file is cut back.
+        with (self.path / "metrics.jsonl").open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                rest = memoryview(self._unwritten.encode())
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(file.fileno(), size)
+                raise
+        self._unwritten = ""
+
+    def _write_weights(
+        self, name: str, weights: Mapping[str, np.ndarray], server_round: int
+    ) -> None:
+        notes = {
+            "server_round": str(server_round),
+            "model": str(self.config["model"]),
+            "classes": json.dumps(self.config["classes"]),
+        }
+        data = safetensors.numpy.save(
+            {key: np.asarray(value, order="C") for key, value in weights.items()}, notes
+        )
+        write_whole(self.path / name, data)
 
 
 def write_whole(path: Path, data: bytes) -> None:

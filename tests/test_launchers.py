@@ -1,8 +1,8 @@
 """run_pi.sh and run_jetson.sh: what they check, say, build and run.
 
-The scripts are real; the board is a published or plausible one (tests/boards: nv_tegra_release and the board's
-name as boards print them, of /proc/meminfo the lines that matter), and `docker` is a stand-in that
-writes down its arguments. PATH holds that, some more stand-ins, and what every Debian has.
+The scripts are real; the board is one of tests/boards (nv_tegra_release lines as published,
+/proc/meminfo with the lines that matter), and `docker` is a stand-in that writes down its
+arguments. PATH holds that, some more stand-ins, and what every Debian has.
 """
 
 import json
