@@ -1,10 +1,12 @@
 """client.py's answers, without a server."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import client
 import utils
@@ -85,3 +87,65 @@ def test_flower_is_imported_with_its_telemetry_off():
 def test_weights_of_another_model_name_the_way_out(device):
     with pytest.raises(FederationError, match="start both sides with the same --model"):
         device.fit(utils.get_weights(device.net)[:-1], config())
+
+
+# --- Which processor ------------------------------------------------------------------
+
+
+@pytest.fixture
+def unusable_gpu(monkeypatch):
+    """A GPU that torch sees, and for which it has no kernels: a stand-in."""
+    ones = torch.ones
+
+    def no_kernel(*shape, device="cpu"):
+        if device == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available\nCompile with …")
+        return ones(*shape)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", no_kernel)
+
+
+def test_gpu_that_cannot_multiply_is_told_and_the_cpu_trains(unusable_gpu, capsys):
+    assert client.choose_device("auto") == "cpu"
+    assert capsys.readouterr().out == (
+        "the GPU fails at a matrix product (CUDA error: no kernel image is available); "
+        "training on the CPU\n"
+    )
+
+
+def test_gpu_that_cannot_multiply_is_an_error_where_it_is_demanded(unusable_gpu):
+    with pytest.raises(utils.TaskError, match=r"--device cuda: the GPU fails .* say auto or cpu"):
+        client.choose_device("cuda")
+
+
+def test_missing_gpu_is_told_where_one_is_expected(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("NVIDIA_VISIBLE_DEVICES", raising=False)
+    assert client.choose_device("auto") == "cpu"
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "all")
+    assert client.choose_device("auto") == "cpu"
+    assert capsys.readouterr().out == "torch finds no CUDA GPU here; training on the CPU\n"
+
+
+def test_gpu_that_multiplies_is_taken(monkeypatch):
+    ones = torch.ones
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))  # stands in for one
+    assert client.choose_device("auto") == "cuda"
+
+
+# --- In a container -------------------------------------------------------------------
+
+
+def test_state_for_the_health_check_names_the_process_and_what_it_does(monkeypatch, tmp_path):
+    monkeypatch.setenv("CLIENT_STATUS_FILE", str(tmp_path / "state"))
+    client.write_state("0", "waiting for 10.0.0.1:8080 (no answer)")
+    said = (tmp_path / "state").read_text()
+    assert said == f"{os.getpid()} waiting for 10.0.0.1:8080 (no answer)\n"
+
+
+def test_state_that_cannot_be_written_is_no_reason_to_stop(monkeypatch, tmp_path):
+    monkeypatch.setenv("CLIENT_STATUS_FILE", str(tmp_path / "no" / "state"))
+    client.write_state("0", "starting")

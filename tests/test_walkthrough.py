@@ -1,6 +1,7 @@
 """The walk-through with real processes and real gRPC."""
 
 import json
+import re
 import signal
 import socket
 import sys
@@ -44,7 +45,15 @@ def test_walk_through_from_start_to_saved_model(start_server, start_client, tmp_
     rounds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [metrics["server_round"] for metrics in rounds] == [1, 2]
     assert [device["name"] for device in rounds[1]["devices"]] == ["device 0", "device 1"]
-    assert rounds[1]["devices"][0]["num_examples"] == 192
+    device = rounds[1]["devices"][0]
+    said = device["metrics"]
+    assert device["num_examples"] == 192
+    assert {"loss", "seconds", "steps", "images_per_second", "peak_ram_mb"} <= set(said)
+    assert said["total_bytes_received"] > device["bytes_sent"] > 248_024
+    assert device["bytes_received"] > 248_024  # 62,006 numbers of 4 bytes
+    details = [line for line in server.lines if line.startswith("  device 0 ")]
+    assert len(details) == 2
+    assert re.search(r"192 images +\d+\.\d s +[\d,]+ images/s +[\d,]+ MB RAM", details[0])
     assert rounds[1]["test_images"] == "80 synthetic images"
     with safetensors.safe_open(run / "checkpoint.safetensors", "np") as checkpoint:
         assert checkpoint.metadata()["server_round"] == "2"
