@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up, then check everything: style, types, shell scripts, tests.
+# Set up, then check everything: style, types, shell scripts, Dockerfiles, tests. What takes a
+# Docker Engine is apart: tests/docker/run
 #
 #   ./run_tests.sh                         all of it
 #   ./run_tests.sh tests/test_wire.py -x   arguments go to pytest
@@ -12,5 +13,6 @@ bin=$(dirname "$python")
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-"$bin/shellcheck" ./*.sh plumbing/*.sh .ci/run
+"$bin/shellcheck" ./*.sh plumbing/*.sh .ci/run tests/docker/run
+"$bin/hadolint" Dockerfile base_images/*/Dockerfile
 exec "$python" -m pytest "$@"
