@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import flwr
 import flwr.server.strategy
@@ -85,6 +85,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 NEED_ALL_UPDATES = {
     "FaultTolerantFedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "Bulyan", "QFedAvg",
 }  # fmt: skip
+
+
+STATES = ("momentum_vector", "m_t", "v_t")  # what they remember from round to round
 
 
 class WeightedMean:
@@ -173,15 +176,33 @@ class Rules:
 
 def strategy_state(strategy: FedAvg) -> dict[str, np.ndarray]:
     """Return what a strategy remembers from round to round, besides the global weights."""
-    kept = {name: getattr(strategy, name, None) or [] for name in ("momentum_vector", "m_t", "v_t")}
+    kept = {name: getattr(strategy, name, None) or [] for name in STATES}
     return {f"{name}/{i}": a for name, arrays in kept.items() for i, a in enumerate(arrays)}
 
 
-def restore_strategy(strategy: FedAvg, state: Mapping[str, np.ndarray]) -> None:
-    """Give back what `strategy_state` returned."""
-    for name in {key.split("/")[0] for key in state}:
-        count = sum(key.startswith(f"{name}/") for key in state)
-        setattr(strategy, name, [state[f"{name}/{i}"] for i in range(count)])
+def restore_strategy(
+    strategy: FedAvg, state: Mapping[str, np.ndarray], weights: Sequence[np.ndarray]
+) -> None:
+    """Give back what `strategy_state` returned.
+
+    Raises:
+        FederationError: it is not this strategy's, or not for such weights.
+    """
+    shapes = {str(i): w.shape for i, w in enumerate(weights)}
+    for kept in {key.partition("/")[0] for key in state}:
+        arrays = {k.partition("/")[2]: a for k, a in state.items() if k.partition("/")[0] == kept}
+        if kept not in STATES or not hasattr(strategy, kept):
+            arrays = {}
+        if {i: array.shape for i, array in arrays.items()} != shapes:
+            raise FederationError(
+                "the checkpoint holds the state of another strategy than "
+                f"{type(strategy).__name__}; resume it with the --strategy that it had, or start "
+                "from its weights with --init_weights"
+            )
+        setattr(strategy, kept, [arrays[i] for i in shapes])
+    if getattr(strategy, "momentum_vector", ()) is None:
+        # FedAvgM takes it for granted after round 1, which may have been another strategy's.
+        setattr(strategy, "momentum_vector", [np.zeros_like(w) for w in weights])  # noqa: B010
 
 
 def run_round(
@@ -202,37 +223,38 @@ def run_round(
         The new global weights, or None if the replies do not make any; and what
         happened: the devices with their numbers, and the dropped ones with the reason.
     """
-    parameters = Parameters([wire.pack_array(w) for w in weights], wire.TENSOR_TYPE)
+    parameters = Parameters(cast(list[bytes], wire.Packed(weights)), wire.TENSOR_TYPE)
     keep_all = type(strategy).__name__ in NEED_ALL_UPDATES
     mean = WeightedMean(weights)
     results: list[tuple[Any, FitRes]] = []  # Any: our Device is their ClientProxy
     devices: list[dict[str, Any]] = []
     dropped: list[dict[str, str]] = []
 
-    encoded: dict[Any, bytes] = {}  # devices with the same settings get the same bytes
-    requests: list[tuple[Any, bytes]] = []
+    distinct: dict[Any, wire.FitRequest] = {}  # devices with the same settings get the same
+    requests: list[tuple[Any, wire.FitRequest]] = []
     for proxy, fit_ins in strategy.configure_fit(server_round, parameters, fleet):
         key = (id(fit_ins.parameters), *sorted(fit_ins.config.items()))
-        if key not in encoded:
-            encoded[key] = wire.encode_fit(fit_ins.parameters.tensors, fit_ins.config)
-        requests.append((proxy, encoded[key]))
+        if key not in distinct:
+            distinct[key] = wire.FitRequest(fit_ins.parameters.tensors, fit_ins.config)
+        requests.append((proxy, distinct[key]))
 
     for reply in fleet.exchange(requests, round_id, rules.timeout):
         device = reply.device
+        update: list[np.ndarray] = []  # lets the last one go
         try:
             if reply.data is None:
                 raise BadReply(reply.problem)
-            update, num_examples, metrics = wire.decode_fit_reply(reply.offer or reply.data)
-            if reply.offer:
-                update = wire.decode_parameters_reply(reply.data)
+            update, num_examples, metrics = wire.decode_fit_reply(reply.data)
+            while reply.pieces:  # each is let go before the next one is copied
+                update += wire.decode_parameters_reply(reply.pieces.pop(0))
             check_update(update, num_examples, weights, names, rules.max_update_norm)
         except BadReply as error:
-            print(f"round {server_round}: dropped {device.name}: {error}")
+            say(f"round {server_round}: dropped {device.name}: {error}")
             dropped.append({"name": device.name, "reason": str(error)})
             fleet.avoided.add(device.cid)  # should this round be tried again
             device.failures += reply.data is not None
             if device.left_out:
-                print(
+                say(
                     f"round {server_round}: {device.name} is left out after {MAX_FAILURES} bad "
                     "replies in a row, until it joins anew"
                 )
@@ -250,7 +272,7 @@ def run_round(
                 "num_examples": num_examples,
                 "seconds": round(reply.seconds, 3),
                 "bytes_sent": reply.bytes_sent,
-                "bytes_received": len(reply.data) + len(reply.offer),
+                "bytes_received": reply.bytes_received,
                 "metrics": clean_metrics(metrics),
             }
         )
@@ -272,12 +294,15 @@ def run_round(
     try:
         aggregated, _ = strategy.aggregate_fit(server_round, results, failures)
     except (ValueError, TypeError) as error:  # Bulyan's, say, when too few replies are left
-        print(f"round {server_round}: {type(strategy).__name__} cannot aggregate: {error}")
+        say(f"round {server_round}: {type(strategy).__name__} cannot aggregate: {error}")
         aggregated = None
     if aggregated is None:
         return None, record
-    new = [wire.unpack_array(tensor) for tensor in aggregated.tensors]
-    return [n.astype(w.dtype) for n, w in zip(new, weights, strict=True)], record
+    unpacked = [wire.unpack_array(tensor) for tensor in aggregated.tensors]
+    new = [n.astype(w.dtype) for n, w in zip(unpacked, weights, strict=True)]
+    if hasattr(strategy, "current_weights"):
+        strategy.current_weights = new  # FedAdam's are float64, which a checkpoint does not hold
+    return new, record
 
 
 def refusal(properties: Mapping[str, Any], model: str, classes: Sequence[str]) -> str | None:
@@ -320,10 +345,15 @@ def print_event(device: Device, event: str) -> None:
     tell(f"{device.name} {event}" + (f": {describe(device)}" if event == "joined" else ""))
 
 
+def say(line: str) -> None:
+    """Print a line as a whole, since the fleet's thread prints between the round loop's."""
+    print(line + "\n", end="")
+
+
 def tell(line: str) -> None:
     """Print from the fleet's thread; when nobody reads any more (`| head`), end the server."""
     try:
-        print(line)
+        say(line)
     except BrokenPipeError:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -350,7 +380,7 @@ def wait_for_devices(fleet: Fleet, rules: Rules) -> None:
             devices = "1 device" if count == 1 else f"{count} devices"
             line = f"waiting for {devices} at {fleet.address} ({shown})"
             if line != said:
-                print(line)
+                say(line)
             said = line
             fleet.changed.wait()
 
@@ -383,7 +413,7 @@ def finish_round(
         if not record["devices"] and all(d["reason"] == LOST for d in record["dropped"]):
             continue  # nobody did wrong: wait until they are back
         attempt += 1
-        print(
+        say(
             f"round {server_round}: no new model from {len(record['devices'])} good replies, "
             f"attempt {attempt} of {rules.retries + 1}"
         )
@@ -462,8 +492,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resume is not None:
         run_dir = Path(args.resume).expanduser() if args.resume else newest_run(ROOT / "runs")
-        saved = load_config(run_dir)
-        parser.set_defaults(**{name: saved[name] for name in vars(args) if name in saved})
+        defaults = {name: parser.get_default(name) for name in vars(args)}
+        # It is not None once a run has begun.
+        parser.set_defaults(**load_config(run_dir, {**defaults, "num_partitions": 0}))
         args = parser.parse_args(argv)
         args.run_dir = args.resume = str(run_dir)
     if args.num_partitions is None:
@@ -524,15 +555,15 @@ def describe_evaluation(result: utils.Evaluation, testset: utils.ImageSet) -> di
 def print_round(metrics: Mapping[str, Any], rounds: int, where: str) -> None:
     """Print a line on a round, and one on each device."""
     devices = metrics["devices"]
-    print(
+    say(
         f"round {metrics['server_round']}/{rounds}  devices {len(devices)}/{metrics['sampled']}  "
         f"loss {metrics['loss']:.3f}  accuracy {100 * metrics['accuracy']:.1f} %{where}  "
         f"{metrics['seconds']:.1f} s"
     )
     for device in devices[:MAX_DETAILS]:
-        print(detail(device))
+        say(detail(device))
     if len(devices) > MAX_DETAILS:
-        print(f"  … and {len(devices) - MAX_DETAILS} more in metrics.jsonl")
+        say(f"  … and {len(devices) - MAX_DETAILS} more in metrics.jsonl")
 
 
 def print_classes(metrics: Mapping[str, Any]) -> None:
@@ -571,11 +602,6 @@ def run(args: argparse.Namespace) -> None:
     state: dict[str, np.ndarray] = {}
     if args.resume:
         finished_round, weights, state = load_checkpoint(Path(args.run_dir), model, args.model)
-        if finished_round >= args.rounds:
-            raise FederationError(
-                f"the run in '{args.run_dir}' has finished its {finished_round} rounds; "
-                f"to go on, give it more: --rounds {finished_round + 3}"
-            )
     elif args.init_weights:
         weights = load_weights(Path(args.init_weights).expanduser(), model, args.model)
     model_bytes = sum(w.nbytes for w in weights)
@@ -621,7 +647,7 @@ def run(args: argparse.Namespace) -> None:
         fit_metrics_aggregation_fn=lambda metrics: {},  # without one Flower warns
         initial_parameters=Parameters([wire.pack_array(w) for w in weights], wire.TENSOR_TYPE),
     )
-    restore_strategy(strategy, state)
+    restore_strategy(strategy, state, weights)
     if type(strategy).__name__ in NEED_ALL_UPDATES:
         size = UPDATE_COPIES * model_bytes / 1e6
         print(f"{args.strategy} needs all updates at once: about {size:,.1f} MB a device")
@@ -659,11 +685,15 @@ def run(args: argparse.Namespace) -> None:
         run_directory = RunDirectory(
             Path(args.run_dir).expanduser() if args.run_dir else default_dir, config, finished_round
         )
+        named = dict(zip(names, weights, strict=True))
         if finished_round is None:
             finished_round = 0
-            run_directory.save(0, dict(zip(names, weights, strict=True)))
+            run_directory.save(0, named)
         else:
             print(f"going on with {run_directory} after round {finished_round}")
+        if finished_round >= args.rounds:  # a server killed after that may not have left a model
+            print(f"all rounds are done; for more of them: --rounds {finished_round + 3}")
+            result = evaluate(weights)
         for server_round in range(finished_round + 1, args.rounds + 1):
             start = time.perf_counter()
             weights, record = finish_round(
@@ -704,7 +734,7 @@ def run(args: argparse.Namespace) -> None:
         signal.signal(signal.SIGTERM, end_at_once)
         fleet.close(run_is_over)
 
-    print_classes(metrics)
+    print_classes(describe_evaluation(result, testset))
     print(f"\ntest accuracy {100 * result.accuracy:.1f} % on {len(testset):,} {testset.source}")
     run_directory.finish(named)
     title = f"{args.model}, {args.strategy}, tested on {len(testset):,} {testset.source}"

@@ -19,6 +19,7 @@ import safetensors.numpy
 from plumbing.errors import FederationError
 
 STATE = "strategy/"  # before the names of a strategy's own arrays
+NO_JSON = (ValueError, RecursionError)  # what json.loads raises for bytes from anywhere
 
 
 class RunDirectory:
@@ -70,7 +71,7 @@ class RunDirectory:
             return []
         rounds = []
         for line in lines:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            with contextlib.suppress(*NO_JSON, TypeError, KeyError, OverflowError):
                 metrics = json.loads(line)
                 rounds.append({**metrics, "server_round": int(metrics["server_round"])})
         return rounds
@@ -98,6 +99,14 @@ class RunDirectory:
             self._unwritten += json.dumps(_without_nan(metrics)) + "\n"
         named = {**weights, **{STATE + name: array for name, array in (state or {}).items()}}
         try:
+            if not self.path.is_dir():
+                self.path.mkdir(parents=True)
+                self._write_config()
+                print(
+                    f"round {server_round}: run directory '{self}' is gone with what was in it; "
+                    "made it anew",
+                    file=sys.stderr,
+                )
             self._append_metrics()
             self._write_weights("checkpoint.safetensors", named, server_round)
             self._problem, self.saved_round = None, server_round
@@ -119,9 +128,6 @@ class RunDirectory:
             raise FederationError(f"cannot write to '{self}' ({error.strerror})") from error
 
     def _append_metrics(self) -> None:
-        if not self.path.is_dir():  # somebody tidied up
-            self.path.mkdir(parents=True)
-            self._write_config()
         # Unbuffered: nothing may be left to be written when the file is cut back.
         with (self.path / "metrics.jsonl").open("ab", buffering=0) as file:
             size = file.tell()
@@ -180,21 +186,32 @@ def newest_run(runs: Path) -> Path:
     return found[-1].parent
 
 
-def load_config(path: Path) -> dict[str, Any]:
-    """Read a run's config.json.
+def load_config(path: Path, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the settings in a run's config.json.
+
+    Args:
+        defaults: the settings wanted, each with a value of its type; those whose value is
+            None are strings, or None.
 
     Raises:
-        FederationError: there is none, or it is damaged.
+        FederationError: there is no such file, it is damaged, or a value has another type.
     """
     try:
         config = json.loads((path / "config.json").read_bytes())
     except FileNotFoundError:
         raise FederationError(f"no run to resume in '{path}': it has no config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, *NO_JSON) as error:
         raise FederationError(f"cannot read '{path / 'config.json'}' ({error})") from None
     if not isinstance(config, dict):
         raise FederationError(f"'{path / 'config.json'}' is not the settings of a run")
-    return config
+    settings = {name: config[name] for name in defaults if name in config}
+    for name, value in settings.items():
+        default = defaults[name]
+        if type(value) is not type(default) and not (default is None and isinstance(value, str)):
+            raise FederationError(
+                f"'{path / 'config.json'}' has {name} {value!r}; mend it, or start a new run"
+            )
+    return settings
 
 
 def load_checkpoint(
@@ -218,7 +235,7 @@ def load_checkpoint(
             for name in opened.keys()  # noqa: SIM118  # no dict
             if name.startswith(STATE)
         }
-    if not server_round.isdecimal():
+    if not server_round.isdecimal() or len(server_round) > 9:
         raise FederationError(f"'{file}' does not say of which round it is; it is no checkpoint")
     return int(server_round), weights, state
 

@@ -7,6 +7,7 @@ thousand devices cost no thousand threads. The round loop stays plain synchronou
 
 import asyncio
 import contextlib
+import ctypes
 import itertools
 import json
 import queue
@@ -33,12 +34,17 @@ PAUSE_SECONDS = 5  # then devices come back to a server that was interrupted
 HANDSHAKE_SECONDS = 10  # for a connection to speak HTTP/2
 MAX_FAILURES = 3  # bad replies in a row; then a device is left out
 
-# How much of large messages is in memory at a time; the devices take turns. gRPC copies what
-# it sends, and keeps what it receives twice for a while.
-SENDING_BYTES = 256 << 20
+# How much of large models is in memory at a time; the devices take turns, those that send
+# theirs until it has been dealt with.
+SENDING_BYTES = 32 << 20
 RECEIVING_BYTES = 96 << 20
 TURN_SECONDS = 60.0  # then the next may begin too: one slow link must not hold up a fleet
 OFFER_BYTES = 1 << 16  # more than a reply without weights takes
+
+# glibc's number for it, and from what size on a block goes back to the system when freed. By
+# itself glibc raises this, and gRPC's buffers leave holes: with 20 ResNet18 devices a server
+# took 1.49 GB in its third round and still grew, with this 1.09 GB from the second on.
+M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 16
 
 LOST = "the connection broke"
 
@@ -49,6 +55,7 @@ class Device:
 
     cid: str  # unique; "?1", "?2", … for clients that do not say who they are
     properties: Mapping[str, Any]  # what it said of itself, cleaned
+    in_pieces: bool = False  # whether it takes weights so
     requests: "asyncio.Queue[_Request]" = field(default_factory=asyncio.Queue, repr=False)
     stream: asyncio.Task | None = field(default=None, repr=False)  # serves it
     exchange: "_Exchange | None" = field(default=None, repr=False)  # whose request it works on
@@ -75,11 +82,12 @@ class Reply:
     """What came back from a device, or why nothing did."""
 
     device: Device
-    data: bytes | None  # a fit reply; or, if there is an `offer`, a parameters reply
+    data: bytes | None  # a fit reply
     problem: str = ""
-    offer: bytes = b""  # the fit reply that came before the weights
+    pieces: list[bytes] = field(default_factory=list)  # parameters replies, after an offer
     seconds: float = 0.0  # from sending the request to its being done
     bytes_sent: int = 0
+    bytes_received: int = 0
     end_turn: Callable[[], None] = field(default=lambda: None, repr=False)
 
 
@@ -89,6 +97,8 @@ class _Exchange:
     def __init__(self, round_id: str, devices: Iterable[Device], timeout: float | None) -> None:
         self.round_id = round_id
         self.timeout = timeout
+        self.slices = [slice(0)]  # of the weights, one to be fetched after the other
+        self.piece_bytes = 0
         self.replies: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()  # None is the end
         self.waiting = {device.cid: device for device in devices}
         self.lost: set[str] = set()  # those of `waiting` whose connection broke
@@ -144,7 +154,7 @@ class _Exchange:
 class _Request:
     """Bytes for a device; without an exchange they are the last it hears."""
 
-    data: bytes
+    data: bytes | wire.FitRequest
     exchange: _Exchange | None = None
 
 
@@ -161,7 +171,7 @@ class Fleet(ClientManager):
         model_bytes: size of the weights; messages far larger are refused before they are
             read. Without it there is no limit.
         keepalive_seconds: how often each end probes a silent connection; a dead one is
-            noticed after this and a half more.
+            noticed after 2.5 times this, one whose packets are lost after 1.5 times.
     """
 
     def __init__(
@@ -188,9 +198,13 @@ class Fleet(ClientManager):
         self._numbers = itertools.count(1)
         self._streams: set[asyncio.Task] = set()
         self._exchange: _Exchange | None = None
-        self._sending = asyncio.Semaphore(max(4, SENDING_BYTES // (model_bytes or 1)))
+        piece_bytes = min(model_bytes, wire.PIECE_BYTES) or 1
+        self._sending = asyncio.Semaphore(max(2, SENDING_BYTES // piece_bytes))
+        self._sending_whole = asyncio.Semaphore(max(2, SENDING_BYTES // (model_bytes or 1)))
         self._receiving = asyncio.Semaphore(max(2, RECEIVING_BYTES // (model_bytes or 1)))
 
+        with contextlib.suppress(AttributeError, OSError):  # no glibc, no holes or others
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
@@ -259,7 +273,7 @@ class Fleet(ClientManager):
 
     def exchange(
         self,
-        requests: Iterable[tuple[Device, bytes]],
+        requests: Iterable[tuple[Device, bytes | wire.FitRequest]],
         round_id: str = "",
         timeout: float | None = None,
     ) -> Iterator[Reply]:
@@ -279,8 +293,10 @@ class Fleet(ClientManager):
         self._loop.call_soon_threadsafe(self._open, exchange, requests)
         try:
             while reply := exchange.replies.get():
+                end_turn = reply.end_turn
                 yield reply
-                self._loop.call_soon_threadsafe(reply.end_turn)
+                del reply  # before the next one comes
+                self._loop.call_soon_threadsafe(end_turn)
         finally:
             self._loop.call_soon_threadsafe(exchange.waiting.clear)  # should nobody listen any more
 
@@ -299,6 +315,9 @@ class Fleet(ClientManager):
                 ("grpc.max_send_message_length", -1),
                 ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
                 ("grpc.keepalive_timeout_ms", int(self.keepalive_seconds * 500)),
+                # The answer to a probe, which may be queued behind a model on a slow link. gRPC
+                # waits for 60 s, whatever the line above says.
+                ("grpc.http2.ping_timeout_ms", int(self.keepalive_seconds * 1500)),
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.http2.max_ping_strikes", 0),  # devices probe the connection as often
                 ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
@@ -338,6 +357,11 @@ class Fleet(ClientManager):
             try:
                 while await self._serve_one(device, context):
                     pass
+            except asyncio.CancelledError:
+                # gRPC sends no status then: hung up on, the device would wait for ever.
+                if not context.cancelled():
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "the server waited too long")
+                raise
             finally:
                 while not device.requests.empty():  # what it never got to see
                     if exchange := device.requests.get_nowait().exchange:
@@ -363,7 +387,8 @@ class Fleet(ClientManager):
             self.register(device)
             return device
 
-        device = Device(str(properties["cid"]), clean_metrics(properties))
+        in_pieces = properties.pop(wire.PIECES, False) is True
+        device = Device(str(properties["cid"]), clean_metrics(properties), in_pieces)
         try:
             check_cid(device.cid)
         except FederationError as error:
@@ -376,7 +401,7 @@ class Fleet(ClientManager):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, objection)
         # A device that lost its power comes back before its dead connection is noticed:
         # give the old one the time in which a dead one is found out.
-        deadline = time.monotonic() + self.keepalive_seconds * 1.5 + 1
+        deadline = time.monotonic() + self.keepalive_seconds * 2.5 + 1
         while not self.register(device):
             if time.monotonic() > deadline:
                 reason = f"a device with --cid={device.cid} is connected already; give each its own"
@@ -390,9 +415,13 @@ class Fleet(ClientManager):
             device.requests.put_nowait(_Request(data, self._exchange))
         return device
 
-    def _open(self, exchange: _Exchange, requests: list[tuple[Device, bytes]]) -> None:
+    def _open(
+        self, exchange: _Exchange, requests: list[tuple[Device, bytes | wire.FitRequest]]
+    ) -> None:
         self._exchange = exchange
         for device, data in requests:
+            if isinstance(data, wire.FitRequest):
+                exchange.slices, exchange.piece_bytes = data.slices, data.piece_bytes
             if self.devices.get(device.cid) is device:
                 device.requests.put_nowait(_Request(data, exchange))
             else:
@@ -420,6 +449,7 @@ class Fleet(ClientManager):
         request = await device.requests.get()
         exchange = request.exchange
         if exchange is None:
+            assert isinstance(request.data, bytes)
             await context.write(request.data)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(context.read(), GOODBYE_SECONDS)
@@ -443,30 +473,64 @@ class Fleet(ClientManager):
         return True
 
     async def _ask(
-        self, device: Device, data: bytes, exchange: _Exchange, context: grpc.aio.ServicerContext
+        self,
+        device: Device,
+        data: bytes | wire.FitRequest,
+        exchange: _Exchange,
+        context: grpc.aio.ServicerContext,
     ) -> Reply:
         """Send a request; return the reply, the weights being fetched when it is their turn."""
-        end_turn = await self._turn(self._sending)
-        try:
-            start = time.monotonic()
-            await context.write(data)
-        finally:
-            end_turn()
+        start, sent = await self._send(device, data, context)
         answer = await self._read(context)
         seconds = time.monotonic() - start
         if not _is_offer(answer, exchange.round_id):
-            return Reply(device, answer, "", b"", seconds, len(data))
+            return Reply(device, answer, "", [], seconds, sent, len(answer))
         exchange.offered.add(device.cid)
         end_turn = await self._turn(self._receiving)
         try:
             if not exchange.waits_for(device):
+                end_turn()
                 return Reply(device, None, "too late")
-            await context.write(wire.encode_get_parameters({wire.ROUND_ID: exchange.round_id}))
-            weights = await self._read(context)
+            pieces = await self._fetch(exchange, context)
         except BaseException:
             end_turn()
             raise
-        return Reply(device, weights, "", answer, seconds, len(data), end_turn)
+        received = len(answer) + sum(map(len, pieces))
+        return Reply(device, answer, "", pieces, seconds, sent, received, end_turn)
+
+    async def _send(
+        self, device: Device, data: bytes | wire.FitRequest, context: grpc.aio.ServicerContext
+    ) -> tuple[float, int]:
+        """Send a request, in pieces where the device takes them; return from when on, and bytes."""
+        messages: Iterator[Any]
+        turns, messages = self._sending_whole, iter([data])
+        if isinstance(data, wire.FitRequest):
+            turns = self._sending if device.in_pieces else turns
+            messages = data.pieces() if device.in_pieces else iter([data.whole])
+        start, sent = 0.0, 0
+        while True:
+            end_turn = await self._turn(turns)
+            try:
+                start = start or time.monotonic()
+                if not (message := next(messages, b"")):  # made now, not while it waited
+                    return start, sent
+                sent += len(message)
+                await context.write(message)
+            finally:
+                end_turn()
+
+    async def _fetch(self, exchange: _Exchange, context: grpc.aio.ServicerContext) -> list[bytes]:
+        """Return a device's weights, unread; whether they are all there is not known here."""
+        pieces: list[bytes] = []
+        for piece in exchange.slices:
+            config: dict[str, Any] = {wire.ROUND_ID: exchange.round_id}
+            if len(exchange.slices) > 1:
+                config |= {wire.FIRST: piece.start, wire.COUNT: piece.stop - piece.start}
+            await context.write(wire.encode_get_parameters(config))
+            pieces.append(await self._read(context))
+            if len(pieces[-1]) > 2 * exchange.piece_bytes:
+                break  # not what was asked for: no more of this
+        return pieces
 
     async def _read(self, context: grpc.aio.ServicerContext) -> bytes:
         """Read a reply. Reading only when one is due makes HTTP/2 hold back whatever else comes."""
@@ -501,6 +565,9 @@ class Fleet(ClientManager):
             await asyncio.wait(streams, timeout=GOODBYE_SECONDS if run_is_over else 1)
         # Without calls it does not wait.
         await self._server.stop(GOODBYE_SECONDS if run_is_over else None)
+        # Python complains of tasks that did not come to their end.
+        if rest := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(rest, timeout=1)
 
     def _call(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()

@@ -12,11 +12,13 @@ def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> 
     """Draw accuracy, loss, and seconds a device, by round.
 
     Args:
-        rounds: the lines of metrics.jsonl.
+        rounds: the lines of metrics.jsonl; without any there is nothing to draw.
 
     Raises:
         FederationError: the picture cannot be written.
     """
+    if not rounds:
+        return
     from matplotlib.figure import Figure  # here: it takes half a second that a run can do without
     from matplotlib.ticker import MaxNLocator
 
@@ -25,9 +27,9 @@ def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> 
     figure.suptitle(title, parse_math=False)  # a path may hold dollar signs
     accuracy, loss, seconds = figure.subplots(1, 3)
 
-    accuracy.plot(numbers, [100 * metrics["accuracy"] for metrics in rounds], "o-")
+    accuracy.plot(numbers, [100 * number(metrics, "accuracy") for metrics in rounds], "o-")
     accuracy.set(title="Test accuracy", ylabel="%", ylim=(0, 100))
-    last = 100 * rounds[-1]["accuracy"]
+    last = 100 * number(rounds[-1], "accuracy")
     accuracy.annotate(
         f"{last:.1f} %",
         (numbers[-1], last),
@@ -35,22 +37,23 @@ def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> 
         xytext=(0, 8),
         ha="center",
     )
-    loss.plot(numbers, [metrics["loss"] for metrics in rounds], "o-", color="tab:red")
+    losses = [number(metrics, "loss") for metrics in rounds]
+    loss.plot(numbers, losses, "o-", color="tab:red")
     loss.set(title="Test loss", ylabel="cross-entropy")
-    finite = [metrics["loss"] for metrics in rounds if math.isfinite(metrics["loss"])]
-    loss.set_ylim(0, 1.1 * max(finite, default=0) or 1)
+    loss.set_ylim(0, 1.1 * max(filter(math.isfinite, losses), default=0) or 1)
 
-    names = sorted({device["name"] for metrics in rounds for device in metrics["devices"]})
+    names = sorted({device["name"] for metrics in rounds for device in metrics.get("devices", [])})
     for name in names:
         points = [
             (metrics["server_round"], device["seconds"])
             for metrics in rounds
-            for device in metrics["devices"]
+            for device in metrics.get("devices", [])
             if device["name"] == name
         ]
         label = name if len(names) <= 10 else None  # a legend of hundreds hides the picture
         seconds.plot(*zip(*points, strict=True), "o-", label=label, alpha=0.7)
-    seconds.plot(numbers, [metrics["seconds"] for metrics in rounds], "k--", label="whole round")
+    whole = [number(metrics, "seconds") for metrics in rounds]
+    seconds.plot(numbers, whole, "k--", label="whole round")
     seconds.set(title="Time", ylabel="seconds")
     seconds.set_ylim(bottom=0)
     seconds.legend()
@@ -65,3 +68,9 @@ def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> 
     except OSError as error:
         path.unlink(missing_ok=True)
         raise FederationError(f"cannot write '{path}' ({error.strerror})") from error
+
+
+def number(metrics: Mapping[str, Any], name: str) -> float:
+    """Return a number of a round; NaN, which JSON cannot hold, where there is none."""
+    value = metrics.get(name)
+    return value if isinstance(value, int | float) else math.nan

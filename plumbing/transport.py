@@ -113,12 +113,16 @@ class _Worker:
         self.round_id = ""  # of the round that the rest belongs to
         self.offer = b""
         self.weights: list[np.ndarray] = []
+        self.pieces: list[np.ndarray] = []  # of the weights in a fit that is still coming in
         self.problem = ""  # with the last reply, to be told with the next one
         self.traffic = {"total_bytes_received": 0, "total_bytes_sent": 0}
 
-    def answer(self, data: bytes, request: wire.Request) -> bytes:
-        """Return the reply to `request`, which came as `data`."""
+    def answer(self, data: bytes, request: wire.Request) -> bytes | None:
+        """Return the reply to `request`, which came as `data`; None if more of it follows."""
         self.traffic["total_bytes_received"] += len(data)
+        if request.config.get(wire.MORE):
+            self.pieces += request.weights
+            return None
         reply = self._answer(request)
         self.traffic["total_bytes_sent"] += len(reply)
         return reply
@@ -128,10 +132,12 @@ class _Worker:
         if request.kind == "get_properties":
             properties = self.client.get_properties(request.config)
             held = {wire.ROUND_ID: self.round_id} if self.round_id else {}
-            return wire.encode_properties_reply({**properties, **held})
+            return wire.encode_properties_reply({**properties, **held, wire.PIECES: True})
         if request.kind == "get_parameters":
             if round_id and round_id == self.round_id:
-                return wire.encode_parameters_reply(self.weights)
+                first = int(request.config.get(wire.FIRST, 0))
+                count = int(request.config.get(wire.COUNT, len(self.weights)))
+                return wire.encode_parameters_reply(self.weights[first : first + count])
             return wire.encode_parameters_reply(self.client.get_parameters(request.config))
         try:
             if request.kind == "fit":
@@ -149,13 +155,14 @@ class _Worker:
             return wire.encode_evaluate_failure(reason)
 
     def _fit(self, request: wire.Request, round_id: str) -> bytes:
+        sent, self.pieces = [*self.pieces, *request.weights], []
         if round_id and round_id == self.round_id:
             return self.offer  # the connection broke before it arrived, or the round is repeated
         self.round_id, self.weights = "", []
         if self.problem:
             problem, self.problem = self.problem, ""
             raise FederationError(problem)
-        weights, num_examples, metrics = self.client.fit(list(request.weights), request.config)
+        weights, num_examples, metrics = self.client.fit(sent, request.config)
         metrics = {**metrics, **self.traffic}
         if not round_id:
             return wire.encode_fit_reply(weights, num_examples, metrics)
@@ -179,6 +186,7 @@ def _serve_once(
 ) -> _Outcome:
     """Connect, within `seconds`, and answer requests until the connection ends."""
     outcome = _Outcome()
+    worker.pieces = []  # of a connection that is no more
     try:
         resolve(server_address)  # gRPC tells less well that a name is not known
         timeout = max(MIN_PAUSE_SECONDS, min(HELLO_SECONDS, seconds))
@@ -193,8 +201,8 @@ def _serve_once(
                     outcome.done = request.reconnect_seconds <= 0
                     outcome.pause_seconds = request.reconnect_seconds
                     replies.put(wire.encode_done_reply(will_reconnect=not outcome.done))
-                else:
-                    replies.put(worker.answer(data, request))
+                elif reply := worker.answer(data, request):
+                    replies.put(reply)
         outcome.reason = "the run is over" if outcome.done else "the server ended the conversation"
         if outcome.pause_seconds:
             outcome.reason = "the server was interrupted"
@@ -239,6 +247,9 @@ def _join(
         # Find out a server that fell silent, or a link that died without a word.
         ("grpc.keepalive_time_ms", int(keepalive_seconds * 1000)),
         ("grpc.keepalive_timeout_ms", int(keepalive_seconds * 500)),
+        # Whatever that says, gRPC waits for so long for the answer to a probe (default: 60 s),
+        # which may be queued behind a model on a slow link.
+        ("grpc.http2.ping_timeout_ms", int(min(keepalive_seconds * 1.5, 60) * 1000)),
         ("grpc.http2.max_pings_without_data", 0),
     ]
     replies: queue.SimpleQueue = queue.SimpleQueue()

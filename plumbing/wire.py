@@ -7,11 +7,12 @@ are read straight out of the bytes received. Either end may be a stock Flower on
 """
 
 import io
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, TypeVar
+from functools import cached_property, lru_cache
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from flwr.common import serde
@@ -30,6 +31,13 @@ TENSOR_TYPE = "numpy.ndarray"
 # the same key in its metrics: they can be had. The server asks for them when it has room, or
 # never if the round is over; a device whose connection broke can offer them once more.
 ROUND_ID = "round_id"
+
+# Between them the weights of a large model travel in pieces of some arrays each. gRPC holds a
+# message up to three times (its buffers, what it joins, what it hands over), at either end.
+PIECE_BYTES = 4 << 20  # or one array
+PIECES = "pieces"  # among its properties: this device takes a fit in pieces
+MORE = "more"  # in a fit's config: another piece follows, do not answer yet
+FIRST, COUNT = "first", "count"  # in the config of get_parameters: which arrays; else all
 
 
 # --- Arrays, in NumPy's .npy format ---------------------------------------------------
@@ -108,6 +116,65 @@ def encode_fit(tensors: Iterable[bytes], config: Mapping[str, Any]) -> bytes:
     instruction = ServerMessage.FitIns()
     _fill_scalars(instruction.config, config)
     return _with_tensors(ServerMessage, "fit_ins", instruction, [[data] for data in tensors])
+
+
+class Packed(Sequence[bytes]):
+    """The packed forms of some arrays, each made when it is asked for and not kept."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Packed": ...
+
+    def __getitem__(self, index: int | slice) -> "bytes | Packed":
+        if isinstance(index, slice):
+            return Packed(self.weights[index])
+        return pack_array(self.weights[index])
+
+
+class FitRequest:
+    """What `encode_fit` makes, for as many devices as wanted: whole, or in pieces.
+
+    Args:
+        tensors: packed arrays; a sequence such as Packed need not be in memory.
+    """
+
+    def __init__(self, tensors: Sequence[bytes], config: Mapping[str, Any]) -> None:
+        self.tensors = tensors
+        self.config = config
+        sizes = [len(tensor) for tensor in tensors]
+        self.slices = _pieces(sizes)  # of the tensors; what each piece has
+        self.piece_bytes = max(sum(sizes[piece]) for piece in self.slices)
+
+    @cached_property
+    def whole(self) -> bytes:
+        return encode_fit(self.tensors, self.config)
+
+    def pieces(self) -> Iterator[bytes]:
+        if len(self.slices) == 1:
+            yield self.whole
+            return
+        for piece in self.slices[:-1]:
+            yield encode_fit(self.tensors[piece], {MORE: True})
+        yield encode_fit(self.tensors[self.slices[-1]], self.config)
+
+
+def _pieces(sizes: Iterable[int]) -> list[slice]:
+    """Return which of some things of such sizes go together."""
+    bounds, count, total = [0], 0, 0
+    for count, size in enumerate(sizes, 1):
+        if total and total + size > PIECE_BYTES:
+            bounds.append(count - 1)
+            total = 0
+        total += size
+    return [slice(*pair) for pair in itertools.pairwise([*bounds, count])]
 
 
 def encode_get_parameters(config: Mapping[str, Any]) -> bytes:

@@ -38,3 +38,10 @@ def test_round_overhead_prints_its_ratio():
         out,
         re.M,
     )
+
+
+def test_server_memory_prints_both_peaks_and_their_ratio():
+    out = short_form("server_memory")
+    assert re.search(
+        r"^ +2 clients  ours +\d+ \(\d+\)  stock +\d+ \(\d+\)  ratio [\d.]+$", out, re.M
+    )

@@ -1,0 +1,148 @@
+"""Simulated devices, hundreds in one process: they speak the stream and train nothing.
+
+    python benchmarks/light_clients.py --server_address 127.0.0.1:8080 --clients 50 --model ResNet18
+
+Each has a connection of its own. It answers a fit with the model's first weights, the way
+client.py does where the server asks for that (an offer, then the weights), else as a stock
+Flower client. With --trouble 0.1 each is cut off, silent or sends rubbish in a round out of ten.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere
+
+import utils
+from plumbing import wire
+from plumbing.transport import JOIN
+
+PAUSE_SECONDS = 1.0  # before a device that was cut off comes back
+OPTIONS = [
+    ("grpc.use_local_subchannel_pool", 1),  # else channels to one server share a connection
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+class Fleet:
+    """What the simulated devices have in common, above all the bytes of their weights."""
+
+    def __init__(self, model: str, num_classes: int, trouble: float, seed: int = 0) -> None:
+        weights = utils.get_weights(utils.build_model(model, num_classes))
+        self.trouble = trouble
+        self.seed = seed
+        self.model = model
+        self.classes = json.dumps(utils.load_data("synthetic:100", "test", 32).classes)
+        self.whole = wire.encode_fit_reply(weights, 100, {})
+        self.weights = {
+            "": weights,
+            "nan": [np.full_like(weights[0], np.nan), *weights[1:]],
+            "misshapen": [w.reshape(1, -1) for w in weights],
+        }
+        self.encoded: dict[Any, bytes] = {}
+
+    def greeting(self, cid: str) -> bytes:
+        said = {"cid": cid, "model": self.model, "classes": self.classes}
+        return wire.encode_properties_reply(
+            {**said, "board": "simulated", "images": 100, wire.PIECES: True}
+        )
+
+    def mishap(self, cid: str, server_round: int) -> str:
+        """Return what goes wrong for a device in a round; mostly nothing."""
+        draw = random.Random(f"{self.seed} {cid} {server_round}")
+        return draw.choice(MISHAPS) if draw.random() < self.trouble else ""
+
+    def answer(self, request: wire.Request, mishap: str) -> bytes:
+        round_id = str(request.config.get(wire.ROUND_ID, ""))
+        if request.kind == "get_parameters":
+            if mishap == "garbage":
+                return b"\xff" * 1000
+            weights = self.weights.get(mishap, self.weights[""])
+            first = request.config.get(wire.FIRST, 0)
+            count = request.config.get(wire.COUNT, len(weights))
+            key = (first, count, mishap if mishap in self.weights else "")
+            if key not in self.encoded:
+                self.encoded[key] = wire.encode_parameters_reply(weights[first : first + count])
+            return self.encoded[key]
+        if mishap == "no message":
+            return b"\xff" * 1000
+        if mishap == "failure":
+            return wire.encode_fit_failure("simulated")
+        if round_id:
+            num_examples = 0 if mishap == "no examples" else 100
+            return wire.encode_fit_reply([], num_examples, {wire.ROUND_ID: round_id, "loss": 1.0})
+        return self.whole
+
+
+MISHAPS = [
+    "cut off", "cut off with the weights due", "silent", "nan", "misshapen", "garbage",
+    "no message", "failure", "no examples",
+]  # fmt: skip
+
+
+async def live(address: str, cid: str, fleet: Fleet) -> None:
+    """Be one device until the run is over."""
+    while True:
+        with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
+            async with grpc.aio.insecure_channel(address, OPTIONS) as channel:
+                if await converse(channel, cid, fleet):
+                    return
+        await asyncio.sleep(PAUSE_SECONDS)
+
+
+async def converse(channel: grpc.aio.Channel, cid: str, fleet: Fleet) -> bool:
+    """Answer what comes over one connection; return whether the run is over."""
+    stream = channel.stream_stream(JOIN)()
+    mishap = ""
+    while (data := await stream.read()) is not grpc.aio.EOF:
+        request = wire.decode_request(data)
+        del data
+        if request.kind == "get_properties":
+            await stream.write(fleet.greeting(cid))
+            continue
+        if request.kind == "reconnect":
+            await stream.write(wire.encode_done_reply(will_reconnect=False))
+            return request.reconnect_seconds == 0
+        if request.config.get(wire.MORE):
+            continue
+        if request.kind == "fit":
+            mishap = fleet.mishap(cid, int(request.config.get("server_round", 0)))
+        if mishap == "cut off" or (mishap.startswith("cut off") and request.kind != "fit"):
+            return False
+        if mishap == "silent":
+            await stream.read()  # the server hangs up
+            return False
+        answer = fleet.answer(request, mishap)
+        del request
+        await stream.write(answer)
+    return False
+
+
+async def run(address: str, cids: range, fleet: Fleet) -> None:
+    await asyncio.gather(*(live(address, str(cid), fleet) for cid in cids))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="simulate devices that train nothing")
+    parser.add_argument("--server_address", required=True, metavar="HOST:PORT")
+    parser.add_argument("--clients", type=int, required=True, metavar="N")
+    parser.add_argument("--model", default="Net")
+    parser.add_argument("--trouble", type=float, default=0.0, metavar="P", help="mishaps a round")
+    parser.add_argument("--seed", type=int, default=0, help="of the mishaps")
+    args = parser.parse_args()
+    fleet = Fleet(args.model, 10, args.trouble, args.seed)
+    asyncio.run(run(args.server_address, range(args.clients), fleet))
+
+
+if __name__ == "__main__":
+    main()
