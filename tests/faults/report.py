@@ -3,9 +3,9 @@
     python tests/faults/report.py            # some minutes
     python tests/faults/report.py --long     # an hour: more kills, longer waits, larger fleets
 
-Other arguments go to pytest. "noticed after" is from the fault until somebody was told. The
-last column is stock Flower's start_server and start_client, flwr 1.41.0 as they come, measured
-on 2 x86-64 cores with grpcio 1.85.1; its times are the defaults of its own keepalive.
+Other arguments, such as the path of one file, go to pytest. "noticed after" is from the fault
+until somebody was told. The last column is stock Flower's start_server and start_client, flwr
+1.41.0 as they come, measured on 2 x86-64 cores with grpcio 1.85.1.
 """
 
 import argparse
@@ -45,7 +45,8 @@ def main() -> None:
         environment = {**os.environ, "FAULT_RECORDS": str(records)}
         if args.long:
             environment["LONG"] = "1"
-        command = [sys.executable, "-m", "pytest", HERE, *rest]
+        paths = [] if any(Path(word.partition("::")[0]).exists() for word in rest) else [HERE]
+        command = [sys.executable, "-m", "pytest", *paths, *rest]
         code = subprocess.run(command, env=environment, cwd=HERE.parents[1], check=False).returncode
         rows = [json.loads(line) for line in records.read_text().splitlines()]
     print(f"\n{table(rows)}")

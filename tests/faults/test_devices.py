@@ -81,15 +81,15 @@ def test_late_reply_is_recognised_and_counts_in_no_round(
     late.mkdir()
     (prompt / "round-1").touch()
     server, address = start_server(rounds="3", min_sample_size="1", round_timeout="4")
-    start_device(address, 0, "--add=1", "--gate", prompt)
+    quick = start_device(address, 0, "--add=1", "--gate", prompt)
     slow = start_device(address, 1, "--add=10", "--gate", late)
     slow.wait_for("fit of round 1")
     began = time.monotonic()
-    server.wait_for("device 1 is late", 20)
+    server.wait_for("round 1: dropped device 1: no reply in 4 s", 20)
     noticed = time.monotonic() - began
-    server.wait_for("round 1: dropped device 1: no reply in 4 s")
     server.wait_for("round 1/3  devices 1/2")
 
+    quick.wait_for("fit of round 2")
     (late / "round-1").touch()  # its reply to round 1 comes in the middle of round 2
     server.wait_for("device 1 answered too late, which does not count")
     for server_round in (2, 3):
@@ -98,6 +98,7 @@ def test_late_reply_is_recognised_and_counts_in_no_round(
     server.wait_for("round 2/3  devices 1/1")
     server.wait_for("round 3/3  devices 2/2")
     assert server.finish() == 0
+    assert "device 1 is late" in server.lines
 
     # Device 0 alone adds 1 in rounds 1 and 2; both add 5.5 on average in round 3.
     assert moved_by(tmp_path / "run" / "model.safetensors") == pytest.approx(7.5, abs=1e-5)
@@ -116,7 +117,8 @@ def test_hung_device_is_hung_up_on_and_used_again_when_it_wakes(
     start_server, start_client, start_device, record_fault, tmp_path
 ):
     server, address = start_server(
-        rounds="2", epochs="200", round_timeout="8", min_sample_size="1", partition="none"
+        *("--rounds=2", "--epochs=100000", "--round_seconds=2", "--round_timeout=5"),
+        *("--min_sample_size=1", "--partition=none"),
     )
     (tmp_path / "round-1").touch()
     start_device(address, "steady", "--gate", tmp_path)
@@ -124,11 +126,11 @@ def test_hung_device_is_hung_up_on_and_used_again_when_it_wakes(
     sleeper.wait_for("Epoch took")
     began = time.monotonic()
     sleeper.signal(signal.SIGSTOP)
-    server.wait_for("device sleeper is late", 20)
+    server.wait_for("round 1: dropped device sleeper: no reply in 5 s", 20)
     noticed = time.monotonic() - began
     server.wait_for("round 1/2  devices 1/2")
     server.wait_for("device sleeper left", 20)
-    assert 4 < time.monotonic() - began < 12  # 6 s are twice the time
+    assert 7 < time.monotonic() - began < 20  # 10 s from the round's beginning on
     server.wait_for("waiting for 2 devices")  # round 2 was not begun with one alone
     (tmp_path / "round-2").touch()
     sleeper.signal(signal.SIGCONT)
@@ -138,7 +140,7 @@ def test_hung_device_is_hung_up_on_and_used_again_when_it_wakes(
     assert server.finish() == 0
     record_fault(
         "device hangs",
-        "SIGSTOP in the middle of an epoch, --round_timeout 3; SIGCONT later",
+        "SIGSTOP in the middle of an epoch, --round_timeout 5; SIGCONT later",
         "the round closes without it; hung up on after twice the time; back once it wakes",
         noticed,
         "without a time-out the round stalls for 269 s; with one it exits 1 when it wakes",
@@ -253,7 +255,7 @@ def test_round_without_enough_good_replies_is_tried_again_and_then_the_run_can_b
     bad.finish()
 
     # Both attempts started from the same weights, if they had to be computed at all.
-    good.wait_for("waiting for .*the server (stopped|was interrupted)")
+    good.wait_for("left .*the server was interrupted.*, next try in")
     starts = {line.split()[-1] for line in good.lines if line.startswith("fit of round 1")}
     assert len(starts) == 1
 
