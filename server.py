@@ -57,7 +57,7 @@ from plumbing.updates import check_update, clean_metrics
 
 ROOT = Path(__file__).resolve().parent
 MOMENTUM = 0.9
-UPDATE_COPIES = 4  # of a device's update in memory while Flower's strategies aggregate
+UPDATE_COPIES = 5  # at most, of a device's update in memory while Flower's strategies aggregate
 MAX_DETAILS = 20  # devices a round with a line of their own; metrics.jsonl has all
 
 # Flower's strategies that take plain weights, with the settings in which ours differ
@@ -604,6 +604,7 @@ def run(args: argparse.Namespace) -> None:
         finished_round, weights, state = load_checkpoint(Path(args.run_dir), model, args.model)
     elif args.init_weights:
         weights = load_weights(Path(args.init_weights).expanduser(), model, args.model)
+    del model  # it would hold the first weights to the end
     model_bytes = sum(w.nbytes for w in weights)
 
     def settings(server_round: int) -> Settings:
@@ -645,8 +646,10 @@ def run(args: argparse.Namespace) -> None:
         },
         evaluate_fn=lambda server_round, weights, config: (evaluate(weights).loss, {}),
         fit_metrics_aggregation_fn=lambda metrics: {},  # without one Flower warns
-        initial_parameters=Parameters([wire.pack_array(w) for w in weights], wire.TENSOR_TYPE),
+        initial_parameters=Parameters(cast(list[bytes], wire.Packed(weights)), wire.TENSOR_TYPE),
     )
+    if type(strategy) is FedAvg:
+        strategy.initial_parameters = None  # it has no use for them
     restore_strategy(strategy, state, weights)
     if type(strategy).__name__ in NEED_ALL_UPDATES:
         size = UPDATE_COPIES * model_bytes / 1e6

@@ -143,11 +143,19 @@ def wait_until_listening(address: str) -> None:
 def our_server(address: str, model: str, rounds: int, clients: int, results: Connection) -> None:
     import server
     import utils
+    from plumbing import wire
     from plumbing.fleet import Fleet
 
     net = utils.build_model(model)
     names, weights = list(net.state_dict()), utils.get_weights(net)
-    strategy = server.make_strategy("FedAvg", **strategy_settings(clients))
+
+    def two_requests(server_round: int) -> dict[str, Any]:
+        """Let the devices offer their weights, as in a run."""
+        return {**settings(server_round), wire.ROUND_ID: f"round {server_round}"}
+
+    strategy = server.make_strategy(
+        "FedAvg", **{**strategy_settings(clients), "on_fit_config_fn": two_requests}
+    )
     fleet = Fleet(
         address,
         greeting=settings(0),
@@ -160,7 +168,9 @@ def our_server(address: str, model: str, rounds: int, clients: int, results: Con
     fleet.wait_for(clients)
     for server_round in range(1, rounds + 1):
         starts.append(time.perf_counter())
-        new_weights, record = server.run_round(server_round, weights, names, strategy, fleet)
+        new_weights, record = server.run_round(
+            server_round, weights, names, strategy, fleet, f"round {server_round}"
+        )
         assert new_weights is not None and len(record["devices"]) == clients, record
         weights = new_weights
     starts.append(time.perf_counter())

@@ -172,7 +172,7 @@ class Fleet(ClientManager):
         model_bytes: size of the weights; messages far larger are refused before they are
             read. Without it there is no limit.
         keepalive_seconds: how often each end probes a silent connection; a dead one is
-            noticed after 2.5 times this, one whose packets are lost after 1.5 times.
+            noticed after 2.8 times this, one whose packets are lost after 1.5 times.
     """
 
     def __init__(
@@ -316,9 +316,9 @@ class Fleet(ClientManager):
                 ("grpc.max_send_message_length", -1),
                 ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
                 ("grpc.keepalive_timeout_ms", int(self.keepalive_seconds * 500)),
-                # The answer to a probe, which may be queued behind a model on a slow link. gRPC
-                # waits for 60 s, whatever the line above says.
-                ("grpc.http2.ping_timeout_ms", int(self.keepalive_seconds * 1500)),
+                # The answer to a probe, for which gRPC waits 60 s whatever the line above says. It
+                # is queued behind a model: with 100 kB/s for 11 to 15 s.
+                ("grpc.http2.ping_timeout_ms", int(self.keepalive_seconds * 1800)),
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.http2.max_ping_strikes", 0),  # devices probe the connection as often
                 ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
@@ -406,7 +406,7 @@ class Fleet(ClientManager):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, objection)
         # A device that lost its power comes back before its dead connection is noticed:
         # give the old one the time in which a dead one is found out.
-        deadline = time.monotonic() + self.keepalive_seconds * 2.5 + 1
+        deadline = time.monotonic() + self.keepalive_seconds * 2.8 + 1
         while not self.register(device):
             if time.monotonic() > deadline:
                 reason = f"a device with --cid={device.cid} is connected already; give each its own"

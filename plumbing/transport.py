@@ -247,9 +247,8 @@ def _join(
         # Find out a server that fell silent, or a link that died without a word.
         ("grpc.keepalive_time_ms", int(keepalive_seconds * 1000)),
         ("grpc.keepalive_timeout_ms", int(keepalive_seconds * 500)),
-        # Whatever that says, gRPC waits for so long for the answer to a probe (default: 60 s),
-        # which may be queued behind a model on a slow link.
-        ("grpc.http2.ping_timeout_ms", int(min(keepalive_seconds * 1.5, 60) * 1000)),
+        # As the server's: see plumbing/fleet.py.
+        ("grpc.http2.ping_timeout_ms", int(min(keepalive_seconds * 1.8, 60) * 1000)),
         ("grpc.http2.max_pings_without_data", 0),
     ]
     replies: queue.SimpleQueue = queue.SimpleQueue()

@@ -218,6 +218,7 @@ def test_attempts_to_connect_are_never_more_than_30_s_apart(monkeypatch):
     assert 18_000 <= now <= 18_001
 
 
+@pytest.mark.timeout(600 if LONG else 120)
 def test_device_keeps_trying_while_its_server_is_out_of_reach(
     start_server, start_device, make_link, swallowing_address, record_fault
 ):
@@ -227,7 +228,7 @@ def test_device_keeps_trying_while_its_server_is_out_of_reach(
     link = make_link(address)
     link.cut()
     device = start_device(link.address, 0, f"--max_wait_seconds={seconds + 60}")
-    lost = start_device(swallowing_address, 0)
+    lost = start_device(swallowing_address, 0, f"--max_wait_seconds={seconds + 60}")
     tried = []  # when an attempt at the address that swallows everything was over
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
