@@ -230,7 +230,6 @@ def test_exception_in_training_is_told_and_three_in_a_row_leave_a_device_out(
         "exception in a device's training",
         "out of memory, a broken file, a NameError in utils.py",
         "told to the server with its message; the device stays and is used in the next round",
-        0.0,
     )
     record_fault(
         "a device that fails three times in a row",
