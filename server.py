@@ -406,10 +406,12 @@ def finish_round(
     while attempt <= rules.retries:
         wait_for_devices(fleet, rules)
         fleet.random.seed(f"{seed} {server_round} {attempt}")
+        start = time.perf_counter()  # waiting for devices does not count
         new, record = run_round(server_round, weights, names, strategy, fleet, round_id, rules)
         dropped += record["dropped"]
         if new is not None:
-            return new, {**record, "dropped": dropped}
+            seconds = round(time.perf_counter() - start, 3)
+            return new, {**record, "dropped": dropped, "seconds": seconds}
         if not record["devices"] and all(d["reason"] == LOST for d in record["dropped"]):
             continue  # nobody did wrong: wait until they are back
         attempt += 1
@@ -698,7 +700,6 @@ def run(args: argparse.Namespace) -> None:
             print(f"all rounds are done; for more of them: --rounds {finished_round + 3}")
             result = evaluate(weights)
         for server_round in range(finished_round + 1, args.rounds + 1):
-            start = time.perf_counter()
             weights, record = finish_round(
                 server_round,
                 weights,
@@ -711,13 +712,13 @@ def run(args: argparse.Namespace) -> None:
             )
             trained = time.perf_counter()
             result = evaluate(weights)
-            end = time.perf_counter()
+            seconds_evaluate = round(time.perf_counter() - trained, 3)
             metrics = {
                 "server_round": server_round,
                 **describe_evaluation(result, testset),
-                "seconds": round(end - start, 3),
-                "seconds_evaluate": round(end - trained, 3),
                 **record,
+                "seconds": round(record["seconds"] + seconds_evaluate, 3),
+                "seconds_evaluate": seconds_evaluate,
             }
             print_round(metrics, args.rounds, where)
             named = dict(zip(names, weights, strict=True))
