@@ -37,9 +37,11 @@ import utils
 from plumbing.addresses import check_cid, parse_address
 from plumbing.board import describe_board
 from plumbing.errors import FederationError
+from plumbing.identity import open_identity
+from plumbing.keys import default_keys_dir
 from plumbing.settings import Settings
 from plumbing.telemetry import Telemetry
-from plumbing.transport import serve
+from plumbing.transport import enrol, serve
 
 ROOT = Path(__file__).resolve().parent
 
@@ -245,6 +247,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("threads", type=int, metavar="N", help="processor threads (default: one a core)")
     add(
+        "join",
+        metavar="TOKEN",
+        help="what server.py --secure prints, once; or a file with it, or - for standard input",
+    )
+    add(
+        "keys",
+        metavar="DIR",
+        help="where this device's key is (default: $KEYS_DIR or ~/.config/flower-embedded)",
+    )
+    parser.add_argument(
+        "--insecure", action="store_true", help="an open server, although there is a key"
+    )
+    parser.add_argument(
+        "--join_only", "--join-only", action="store_true", help="get a key with --join, and end"
+    )
+    add(
         "max_wait_seconds",
         type=float,
         metavar="S",
@@ -278,7 +296,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             torch.set_num_threads(args.threads)
         if args.max_wait_seconds is not None and not args.max_wait_seconds >= 0:
             raise FederationError(f"--max_wait_seconds {args.max_wait_seconds} is below 0")
+        identity = None
+        if not args.insecure:
+            keys_dir = Path(args.keys or os.environ.get("KEYS_DIR") or default_keys_dir())
+            identity = open_identity(keys_dir, args.cid, args.join)
+        elif args.join:
+            raise FederationError("--join is for a server with --secure; leave out --insecure")
         write_state(args.cid, "starting")
+        if args.join_only:
+            if not identity:
+                raise FederationError("--join_only without --join, and there is no key yet")
+            enrol(args.server_address, identity, args.max_wait_seconds)
+            return
         device = choose_device(args.device)
         data_dir = args.data_dir or os.environ.get("DATA_DIR") or ROOT / "data"
         data = utils.load_data(
@@ -292,6 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             on_state=partial(write_state, args.cid),
             max_wait_seconds=args.max_wait_seconds,
             stay=args.stay,
+            identity=identity,
         )
         print(f"Client {args.cid}: the server is done, shutting down")
     except (FederationError, utils.TaskError) as error:

@@ -15,6 +15,13 @@ if __name__ == "__main__":
 
 import plumbing  # isort: skip # noqa: F401 # first: it sets what gRPC and Flower read
 
+import sys
+
+if __name__ == "__main__" and sys.argv[1:2] == ["devices"]:  # needs no torch
+    from plumbing.devices import main as devices
+
+    sys.exit(devices(sys.argv[2:]))
+
 import argparse
 import inspect
 import json
@@ -22,7 +29,6 @@ import math
 import os
 import platform
 import secrets
-import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -41,6 +47,7 @@ from flwr.server.strategy import FedAvg
 import utils
 from plumbing import wire
 from plumbing.addresses import listening_addresses
+from plumbing.admissions import TOKEN_SECONDS, TOKEN_USES
 from plumbing.checkpoints import (
     RunDirectory,
     load_checkpoint,
@@ -49,7 +56,9 @@ from plumbing.checkpoints import (
     newest_run,
 )
 from plumbing.errors import BadReply, FederationError
-from plumbing.fleet import LOST, MAX_FAILURES, Device, Fleet
+from plumbing.fleet import LOST, MAX_FAILURES, REVOKED, Device, Fleet
+from plumbing.gate import Gate, local_names, public_address
+from plumbing.keys import default_keys_dir
 from plumbing.report import draw_report
 from plumbing.settings import Settings
 from plumbing.telemetry import detail
@@ -229,6 +238,7 @@ def run_round(
     results: list[tuple[Any, FitRes]] = []  # Any: our Device is their ClientProxy
     devices: list[dict[str, Any]] = []
     dropped: list[dict[str, str]] = []
+    counted: list[Device] = []
 
     distinct: dict[Any, wire.FitRequest] = {}  # devices with the same settings get the same
     requests: list[tuple[Any, wire.FitRequest]] = []
@@ -260,6 +270,7 @@ def run_round(
                 )
             continue
         device.failures = 0
+        counted.append(device)
         if keep_all:
             packed = Parameters([wire.pack_array(w) for w in update], wire.TENSOR_TYPE)
             results.append((device, FitRes(Status(Code.OK, ""), packed, num_examples, {})))
@@ -277,6 +288,12 @@ def run_round(
             }
         )
         del update, reply  # before the next one comes
+    if fleet.gate and (revoked := fleet.gate.revoked(counted)):
+        # Its update is in the sum already: what the others sent is asked for again.
+        for device in revoked:
+            say(f"round {server_round}: dropped {device.name}: {REVOKED}")
+            dropped.append({"name": device.name, "reason": REVOKED})
+        return None, {"sampled": len(requests), "devices": [], "dropped": dropped}
     devices.sort(key=lambda entry: entry["name"])
     record = {"sampled": len(requests), "devices": devices, "dropped": dropped}
     if len(devices) < rules.min_replies:
@@ -358,6 +375,26 @@ def tell(line: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def print_who_may_join(fleet: Fleet) -> None:
+    """Say who is let in, and with what."""
+    if not fleet.gate:
+        say(f"anyone who reaches {fleet.address} can join; --secure lets in only whom you admit")
+        return
+    authority, admissions = fleet.gate.authority, fleet.gate.admissions
+    admitted = sum(device.revoked is None for device in admissions.all())
+    say(f"secured by authority sha256:{authority.hash}")
+    say(f"{admitted} devices are admitted; python server.py devices lists them")
+    say(
+        f"devices join with:  --join={admissions.make_token(authority.hash)}          "
+        f"(valid for {TOKEN_SECONDS / 3600:g} hours or {TOKEN_USES} devices)"
+    )
+    if fleet.stock_address:
+        say(
+            f"whoever reaches {fleet.stock_address} can join too: stock Flower clients, with "
+            f"root_certificates from {admissions.path.with_name('authority.crt')}"
+        )
+
+
 def wait_for_devices(fleet: Fleet, rules: Rules) -> None:
     """Wait until there are devices for a round, and say so whenever their number changes.
 
@@ -412,7 +449,8 @@ def finish_round(
         if new is not None:
             seconds = round(time.perf_counter() - start, 3)
             return new, {**record, "dropped": dropped, "seconds": seconds}
-        if not record["devices"] and all(d["reason"] == LOST for d in record["dropped"]):
+        reasons = {d["reason"] for d in record["dropped"]}
+        if not record["devices"] and reasons <= {LOST, REVOKED}:
             continue  # nobody did wrong: wait until they are back
         attempt += 1
         say(
@@ -479,6 +517,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "CIFAR-10, or test/<class>/*; or synthetic (default: data/)",
         metavar="DIR",
     )
+    # Who may connect
+    for flag, text in (
+        ("secure", "TLS, and only devices that you admit; they join with a token"),
+        ("insecure", "let in whoever reaches the port, also from the Internet"),
+    ):
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+    add("keys", None, "where keys are (default: ~/.config/flower-embedded)", metavar="DIR")
+    add("names", "", "further names of this machine, for --secure: a.example,203.0.113.5")
+    add(
+        "unauthenticated_address",
+        "",
+        "listen here too, with TLS, for stock Flower clients: whoever reaches it can join",
+        metavar="HOST:PORT",
+    )
     # Files
     add("init_weights", None, "start from this .safetensors file (default: random)", metavar="FILE")
     add("run_dir", None, "where to leave results (default: runs/<time>-<model>/)", metavar="DIR")
@@ -541,6 +593,16 @@ def check_args(args: argparse.Namespace) -> None:
     if not (args.lr > 0 and math.isfinite(args.lr)):
         raise FederationError(f"--lr {args.lr} is not above 0")
     utils.parse_partition(args.partition)
+    if args.secure and args.insecure:
+        raise FederationError("--secure and --insecure exclude each other")
+    for name in ("keys", "names", "unauthenticated_address"):
+        if getattr(args, name) and not args.secure:
+            raise FederationError(f"--{name} is of use with --secure alone")
+    if not (args.secure or args.insecure) and (public := public_address(args.server_address)):
+        raise FederationError(
+            f"this server could be reached from the Internet, at {public}, and anyone could join; "
+            "say --secure to let in only devices that you admit, or --insecure if that is meant"
+        )
 
 
 def describe_evaluation(result: utils.Evaluation, testset: utils.ImageSet) -> dict[str, Any]:
@@ -590,6 +652,11 @@ def run(args: argparse.Namespace) -> None:
     """Tell the whole story: wait, train round by round, save."""
     check_args(args)
     listening_addresses(args.server_address)  # a port in use is told before the data load
+    gate = None
+    if args.secure:
+        directory = Path(args.keys).expanduser() if args.keys else default_keys_dir()
+        more_names = list(filter(None, args.names.split(",")))
+        gate = Gate(directory, partial(local_names, args.server_address, more_names), tell)
     data_dir = args.data_dir or ROOT / "data"
     testset = utils.load_data(
         data_dir, "test", utils.image_size(args.model), download=args.data_dir is None
@@ -672,7 +739,10 @@ def run(args: argparse.Namespace) -> None:
         announce=print_event,
         refuse=lambda who, reason: tell(f"refused {who}: {reason}"),
         model_bytes=model_bytes,
+        gate=gate,
+        stock_address=args.unauthenticated_address,
     )
+    print_who_may_join(fleet)
     run_is_over = False
     run_directory = None
     try:

@@ -575,29 +575,43 @@ class SGD:
     """Nesterov SGD; the same numbers as torch.optim.SGD(nesterov=True), at a lower price.
 
     The first optimizer of torch.optim imports torch._dynamo and SymPy: 867 modules, 105 MB
-    and 2 seconds on an x86-64 machine, of which a Raspberry Pi has none to spare. Each of
-    its steps takes 0.1 ms more as well.
+    and 2 seconds on an x86-64 machine, of which a Raspberry Pi has none to spare. Here all
+    parameters become views of one tensor, so a step is four operations however many layers
+    there are: 3 to 4 % of a step of Net or PiNet less than with torch's lists of tensors.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], momentum: float) -> None:
-        self.parameters = [p for p in parameters if p.requires_grad]
-        self.velocities = [torch.zeros_like(p) for p in self.parameters]
+    def __init__(self, parameters: Iterable[nn.Parameter], momentum: float) -> None:
         self.momentum = momentum
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []  # weights, gradient, velocity
+        self.gradients: list[tuple[nn.Parameter, Tensor]] = []  # where each one's belongs
+        kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        for p in parameters:
+            if p.requires_grad:
+                kinds.setdefault((p.dtype, p.device), []).append(p)
+        for alike in kinds.values():
+            weights = torch.cat([p.detach().flatten() for p in alike])
+            gradient = torch.zeros_like(weights)
+            self.parts.append((weights, gradient, torch.zeros_like(weights)))
+            sizes = [p.numel() for p in alike]
+            views = zip(alike, weights.split(sizes), gradient.split(sizes), strict=True)
+            for p, w, g in views:
+                p.data, p.grad = w.view_as(p), g.view_as(p)
+                self.gradients.append((p, p.grad))
 
     def zero_grad(self) -> None:
-        for p in self.parameters:
-            p.grad = None
+        for _, gradient, _ in self.parts:
+            gradient.zero_()
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Move each parameter p with velocity v: v = mu v + grad, p -= lr (grad + mu v)."""
-        pairs = zip(self.parameters, self.velocities, strict=True)
-        used = [(p, p.grad, v) for p, v in pairs if p.grad is not None]
-        p, grad, v = (list(column) for column in zip(*used, strict=True))
-        torch._foreach_mul_(v, self.momentum)
-        torch._foreach_add_(v, grad)
-        torch._foreach_add_(p, grad, alpha=-lr)
-        torch._foreach_add_(p, v, alpha=-lr * self.momentum)
+        """Move the weights w with velocity v: v = mu v + grad, w -= lr (grad + mu v)."""
+        for p, g in self.gradients:
+            if p.grad is not g:  # by net.zero_grad(), say
+                g.copy_(p.grad) if p.grad is not None else g.zero_()
+                p.grad = g
+        for weights, gradient, velocity in self.parts:
+            velocity.mul_(self.momentum).add_(gradient)
+            weights.add_(gradient, alpha=-lr).add_(velocity, alpha=-lr * self.momentum)
 
 
 @dataclass(frozen=True)

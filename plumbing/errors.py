@@ -11,3 +11,7 @@ class BadReply(FederationError):
 
 class Refused(FederationError):
     """The server does not take this device; the message is the server's."""
+
+
+class NotYet(FederationError):
+    """There is no server that this device can use for now; the message says why."""

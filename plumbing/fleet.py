@@ -26,6 +26,7 @@ from flwr.server.criterion import Criterion
 from plumbing import wire
 from plumbing.addresses import check_cid, join_address, listening_addresses, reachable_address
 from plumbing.errors import BadReply, FederationError
+from plumbing.gate import Gate
 from plumbing.updates import clean_metrics
 
 GREETING_SECONDS = 300.0  # to say what it is; a Pi may have to cut its partition first
@@ -47,7 +48,10 @@ OFFER_BYTES = 1 << 16  # more than a reply without weights takes
 # took 1.49 GB in its third round and still grew, with this 1.09 GB from the second on.
 M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 16
 
+WATCH_SECONDS = 1.0  # how often the owner's list is looked at for devices that were revoked
+
 LOST = "the connection broke"
+REVOKED = "it was revoked"
 
 
 @dataclass(eq=False)
@@ -61,6 +65,8 @@ class Device:
     stream: asyncio.Task | None = field(default=None, repr=False)  # serves it
     exchange: "_Exchange | None" = field(default=None, repr=False)  # whose request it works on
     failures: int = 0  # bad replies in a row
+    key_hash: str = ""  # of the key that it proved to have, at a secured server
+    revoked: bool = False
 
     @property
     def name(self) -> str:
@@ -173,6 +179,9 @@ class Fleet(ClientManager):
             read. Without it there is no limit.
         keepalive_seconds: how often each end probes a silent connection; a dead one is
             noticed after 2.8 times this, one whose packets are lost after 1.5 times.
+        gate: decides who may connect; without one everybody may, and nothing is encrypted.
+        stock_address: HOST:PORT to listen at as well, with TLS, for stock Flower clients:
+            whoever reaches it may connect. Only with a gate.
     """
 
     def __init__(
@@ -184,6 +193,8 @@ class Fleet(ClientManager):
         refuse: Callable[[str, str], None],
         model_bytes: int = 0,
         keepalive_seconds: float = 10.0,
+        gate: Gate | None = None,
+        stock_address: str = "",
     ) -> None:
         self.greeting = wire.encode_get_properties(greeting)
         self.admit = admit
@@ -191,6 +202,8 @@ class Fleet(ClientManager):
         self.refuse = refuse
         self.max_reply_bytes = 2 * model_bytes + (1 << 20) if model_bytes else -1
         self.keepalive_seconds = keepalive_seconds
+        self.gate = gate
+        self.stock_address = stock_address
         self.random = random.Random()  # what `sample` draws from; seed it for repeatable rounds
         self.avoided: set[str] = set()  # cids that `sample` takes only where others lack
         self.devices: dict[str, Device] = {}
@@ -199,6 +212,7 @@ class Fleet(ClientManager):
         self._numbers = itertools.count(1)
         self._streams: set[asyncio.Task] = set()
         self._exchange: _Exchange | None = None
+        self._watch_task: asyncio.Task | None = None
         piece_bytes = min(model_bytes, wire.PIECE_BYTES) or 1
         self._sending = asyncio.Semaphore(max(2, SENDING_BYTES // piece_bytes))
         self._sending_whole = asyncio.Semaphore(max(2, SENDING_BYTES // (model_bytes or 1)))
@@ -210,7 +224,7 @@ class Fleet(ClientManager):
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
         try:
-            self.address = self._call(self._listen(listening_addresses(server_address)))
+            self.address = self._call(self._listen(server_address))
         except BaseException:
             self._stop_loop()
             raise
@@ -308,7 +322,7 @@ class Fleet(ClientManager):
 
     # --- In the fleet's thread ---
 
-    async def _listen(self, addresses: list[tuple[str, int]]) -> str:
+    async def _listen(self, server_address: str) -> str:
         self._server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),  # else a second server would share the port unnoticed
@@ -328,26 +342,60 @@ class Fleet(ClientManager):
                 ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
             ]
         )
-        join = grpc.stream_stream_rpc_method_handler(self._join)  # bytes in, bytes out
-        hello = grpc.unary_unary_rpc_method_handler(self._hello)
-        self._server.add_generic_rpc_handlers(
-            (
-                grpc.method_handlers_generic_handler("flwr.proto.FlowerService", {"Join": join}),
-                grpc.method_handlers_generic_handler("plumbing.Fleet", {"Hello": hello}),
+        # All take a stream of bytes, since for others gRPC reads a message before we are asked.
+        methods = {"Hello": self._hello}
+        if self.gate:
+            methods |= {"Enrol": self.gate.enrol, "Renew": self.gate.renew}
+        for service, its in (
+            ("flwr.proto.FlowerService", {"Join": self._join}),
+            ("plumbing.Fleet", methods),
+        ):
+            handlers = {n: grpc.stream_stream_rpc_method_handler(m) for n, m in its.items()}
+            self._server.add_generic_rpc_handlers(
+                (grpc.method_handlers_generic_handler(service, handlers),)
             )
-        )
+        address = self._bind(server_address, self.gate and self.gate.credentials())
+        if self.gate and self.stock_address:
+            self.stock_address = self._bind(
+                self.stock_address, self.gate.credentials(demand_key=False)
+            )
+        await self._server.start()
+        if self.gate:
+            self._watch_task = asyncio.create_task(self._watch(self.gate))
+        return address
+
+    def _bind(self, server_address: str, credentials: grpc.ServerCredentials | None) -> str:
+        """Listen at an address, secured if there are credentials; return what devices type."""
+        addresses = listening_addresses(server_address)
         host, port = addresses[0]
         for host, _ in reversed(addresses):
             try:
-                port = self._server.add_insecure_port(join_address(host, port))
+                if credentials:
+                    port = self._server.add_secure_port(join_address(host, port), credentials)
+                else:
+                    port = self._server.add_insecure_port(join_address(host, port))
             except RuntimeError as error:  # somebody took it since `listening_addresses` looked
                 raise FederationError(f"cannot listen at {join_address(host, port)}") from error
-        await self._server.start()
         return reachable_address(host, port)
 
-    async def _hello(self, _: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def _watch(self, gate: Gate) -> None:
+        """Cut off devices that the owner revokes, also in the middle of a round."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            connected = list(self.devices.values())
+            for device in await asyncio.to_thread(gate.revoked, connected):
+                device.revoked = True
+                if device.exchange:
+                    device.exchange.settle(Reply(device, None, REVOKED))
+                self.refuse(device.name, REVOKED)
+                if device.stream:
+                    device.stream.cancel()
+
+    async def _hello(self, _: Any, context: grpc.aio.ServicerContext) -> None:
         """Tell a device what it must know before it opens the stream."""
-        return json.dumps({"keepalive_seconds": self.keepalive_seconds}).encode()
+        if self.gate:
+            await self.gate.check(context)
+        await context.write(json.dumps({"keepalive_seconds": self.keepalive_seconds}).encode())
 
     async def _join(self, _: Any, context: grpc.aio.ServicerContext) -> None:
         """Serve one device for as long as it is connected."""
@@ -364,6 +412,8 @@ class Fleet(ClientManager):
                     pass
             except asyncio.CancelledError:
                 # gRPC sends no status then: hung up on, the device would wait for ever.
+                if device.revoked:
+                    await context.abort(grpc.StatusCode.PERMISSION_DENIED, REVOKED)
                 if not context.cancelled():
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "the server waited too long")
                 raise
@@ -377,6 +427,7 @@ class Fleet(ClientManager):
 
     async def _greet(self, context: grpc.aio.ServicerContext) -> Device:
         """Ask the device what it is; return it, registered, or refuse it."""
+        proved_cid, key_hash = await self.gate.check(context) if self.gate else ("", "")
         await context.write(self.greeting)
         try:
             data = await asyncio.wait_for(context.read(), GREETING_SECONDS)
@@ -387,13 +438,23 @@ class Fleet(ClientManager):
             reason = f"it did not say what it is ({error or 'no answer'})"
             self.refuse(f"client at {context.peer()}", reason)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
+        claimed = str((properties or {}).get("cid", ""))
+        if self.gate and claimed != proved_cid:
+            reason = (
+                f"its key is that of device {proved_cid}, it says that it is {claimed[:80]!a}"
+                if proved_cid
+                else "here only stock Flower clients join; take the server's other address"
+            )
+            self.refuse(f"client at {context.peer()}", reason)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, reason)
         if not properties or "cid" not in properties:
             device = Device(f"?{next(self._numbers)}", {})
             self.register(device)
             return device
 
         in_pieces = properties.pop(wire.PIECES, False) is True
-        device = Device(str(properties["cid"]), clean_metrics(properties), in_pieces)
+        cid = str(properties["cid"])
+        device = Device(cid, clean_metrics(properties), in_pieces, key_hash=key_hash)
         try:
             check_cid(device.cid)
         except FederationError as error:
@@ -410,9 +471,13 @@ class Fleet(ClientManager):
         while not self.register(device):
             if time.monotonic() > deadline:
                 reason = f"a device with --cid={device.cid} is connected already; give each its own"
+                if self.gate:
+                    reason += ". Both have the same key: is one a copy of the other's card?"
                 self.refuse(device.name, reason)
                 await context.abort(grpc.StatusCode.ALREADY_EXISTS, reason)
             await asyncio.sleep(0.1)
+        if self.gate:
+            await asyncio.to_thread(self.gate.note_seen, device.cid, context)
         # What it trained before its connection broke is not lost, if the round still goes on.
         round_id = properties.get(wire.ROUND_ID)
         if self._exchange and self._exchange.take_back(device, round_id):
@@ -561,6 +626,8 @@ class Fleet(ClientManager):
 
     async def _stop(self, run_is_over: bool) -> None:
         self.closing = True
+        if self._watch_task:
+            self._watch_task.cancel()
         told = [d for d in self.devices.values() if run_is_over or not d.busy]
         goodbye = wire.encode_goodbye(0 if run_is_over else PAUSE_SECONDS)
         for device in told:

@@ -20,7 +20,8 @@ from flwr.client import NumPyClient
 
 from plumbing import wire
 from plumbing.addresses import UnknownHost, resolve
-from plumbing.errors import FederationError, Refused
+from plumbing.errors import FederationError, NotYet, Refused
+from plumbing.identity import NO_PROXY, Identity, explain
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ HELLO_SECONDS = 10.0  # gRPC itself tries for 20 s to reach an address that swal
 MIN_PAUSE_SECONDS = 0.5
 # A stock Flower server hangs up on a client that probes more often than every 300 s.
 STOCK_KEEPALIVE_SECONDS = 310.0
-NO_PROXY = [("grpc.enable_http_proxy", 0)]  # a server on the local network is not behind one
 
 # What a server answers to a device that it will not take however often it asks.
 REFUSALS = {
@@ -49,6 +49,7 @@ def serve(
     on_state: Callable[[str], None],
     max_wait_seconds: float | None = None,
     stay: bool = False,
+    identity: Identity | None = None,
 ) -> None:
     """Do what the server asks of `client` until the run is over.
 
@@ -61,6 +62,7 @@ def serve(
             new connection, with "waiting for …" whenever there is none.
         max_wait_seconds: give up after so long without a server; None is never.
         stay: when the run is over, wait for the next.
+        identity: what both ends prove themselves by; without one the server must be open.
 
     Raises:
         Refused: the server does not take this device.
@@ -68,12 +70,39 @@ def serve(
             sends what makes no sense.
     """
     worker = _Worker(client)
+
+    def attempt(seconds: float) -> _Outcome:
+        return _serve_once(server_address, worker, on_state, seconds, identity)
+
+    _keep_trying(server_address, attempt, on_state, max_wait_seconds, stay)
+
+
+def enrol(server_address: str, identity: Identity, max_wait_seconds: float | None = None) -> None:
+    """Get a certificate for `identity`, waiting for the server like `serve`."""
+
+    def attempt(seconds: float) -> _Outcome:
+        outcome = _Outcome()
+        with _told(outcome, server_address, identity, seconds):
+            identity.prepare(server_address, seconds)
+            outcome.done = True
+        return outcome
+
+    _keep_trying(server_address, attempt, lambda state: None, max_wait_seconds, stay=False)
+
+
+def _keep_trying(
+    server_address: str,
+    attempt: Callable[[float], "_Outcome"],
+    on_state: Callable[[str], None],
+    max_wait_seconds: float | None,
+    stay: bool,
+) -> None:
     failures = 0
     last_seen = time.monotonic()
     while True:
         started = time.monotonic()
         left = math.inf if max_wait_seconds is None else last_seen + max_wait_seconds - started
-        outcome = _serve_once(server_address, worker, on_state, left)
+        outcome = attempt(left)
         if outcome.done and not stay:
             return
         now = time.monotonic()
@@ -182,20 +211,28 @@ class _Outcome:
 
 
 def _serve_once(
-    server_address: str, worker: _Worker, on_state: Callable[[str], None], seconds: float
+    server_address: str,
+    worker: _Worker,
+    on_state: Callable[[str], None],
+    seconds: float,
+    identity: Identity | None,
 ) -> _Outcome:
     """Connect, within `seconds`, and answer requests until the connection ends."""
     outcome = _Outcome()
     worker.pieces = []  # of a connection that is no more
-    try:
+    with _told(outcome, server_address, identity, seconds, worker):
         resolve(server_address)  # gRPC tells less well that a name is not known
         timeout = max(MIN_PAUSE_SECONDS, min(HELLO_SECONDS, seconds))
-        keepalive_seconds = _keepalive_seconds(server_address, timeout)
-        with _join(server_address, keepalive_seconds) as (messages, replies):
+        if identity:
+            identity.prepare(server_address, timeout)
+        keepalive_seconds = _keepalive_seconds(server_address, timeout, identity)
+        with _join(server_address, keepalive_seconds, identity) as (messages, replies):
             for data in messages:
                 if not outcome.connected:
                     outcome.connected = True
                     on_state(f"connected to {server_address}")
+                if identity:
+                    identity.renew_if_due(server_address)
                 request = wire.decode_request(data)
                 if request.kind == "reconnect":
                     outcome.done = request.reconnect_seconds <= 0
@@ -206,23 +243,48 @@ def _serve_once(
         outcome.reason = "the run is over" if outcome.done else "the server ended the conversation"
         if outcome.pause_seconds:
             outcome.reason = "the server was interrupted"
+    return outcome
+
+
+@contextmanager
+def _told(
+    outcome: _Outcome,
+    server_address: str,
+    identity: Identity | None,
+    seconds: float,
+    worker: _Worker | None = None,
+) -> Iterator[None]:
+    """Put into `outcome` why a connection failed; raise what no further attempt would mend."""
+    try:
+        yield
     except UnknownHost as error:
         if not error.may_pass:
             raise
         outcome.reason = "its name cannot be looked up, no network?"
+    except NotYet as error:
+        outcome.reason = str(error)
     except grpc.RpcError as error:
         if error.code() in REFUSALS:
             raise Refused(f"the server refuses this device: {error.details()}") from None
         outcome.reason = _plain_words(error)
-        if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if error.code() == grpc.StatusCode.UNAVAILABLE and not outcome.connected:
+            outcome.reason = explain(server_address, identity, seconds) or outcome.reason
+        if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and worker:
             # The server sees a connection break. Without a word it would ask for ever.
             worker.round_id, worker.weights, worker.problem = "", [], outcome.reason
-    return outcome
 
 
-def _keepalive_seconds(server_address: str, timeout: float) -> float:
+def _channel(
+    server_address: str, options: list[tuple[str, int]], identity: Identity | None
+) -> grpc.Channel:
+    if identity:
+        return identity.channel(server_address, options)
+    return grpc.insecure_channel(server_address, options)
+
+
+def _keepalive_seconds(server_address: str, timeout: float, identity: Identity | None) -> float:
     """Ask how often the connection may be probed, and whether the server is there at all."""
-    with grpc.insecure_channel(server_address, NO_PROXY) as channel:
+    with _channel(server_address, NO_PROXY, identity) as channel:
         try:
             answer = channel.unary_unary(HELLO)(b"", timeout=timeout)
         except grpc.RpcError as error:
@@ -237,7 +299,7 @@ def _keepalive_seconds(server_address: str, timeout: float) -> float:
 
 @contextmanager
 def _join(
-    server_address: str, keepalive_seconds: float
+    server_address: str, keepalive_seconds: float, identity: Identity | None
 ) -> Iterator[tuple[Iterator[bytes], "queue.SimpleQueue[bytes]"]]:
     """Open the stream; yield the server's messages and a queue for the answers."""
     options = [
@@ -252,7 +314,7 @@ def _join(
         ("grpc.http2.max_pings_without_data", 0),
     ]
     replies: queue.SimpleQueue = queue.SimpleQueue()
-    with grpc.insecure_channel(server_address, options) as channel:
+    with _channel(server_address, options, identity) as channel:
         join = channel.stream_stream(JOIN)  # bytes in, bytes out
         stream = join(iter(replies.get, None))
         try:

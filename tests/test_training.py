@@ -270,6 +270,31 @@ def test_sgd_takes_the_steps_of_torchs_nesterov_sgd(data):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
+def test_sgd_counts_gradients_that_it_did_not_place(data):
+    nets = [utils.build_model("Net") for _ in range(2)]
+    images, labels = next(iter(utils.TrainLoader(data, 32)))
+    for net, zero_grad in zip(nets, ("optimizer", "net"), strict=True):
+        optimizer = utils.SGD(net.parameters(), momentum=0.9)
+        for _ in range(3):
+            (optimizer if zero_grad == "optimizer" else net).zero_grad()
+            F.cross_entropy(net(images), labels).backward()
+            optimizer.step(0.05)
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_sgd_moves_parameters_of_two_kinds_and_leaves_frozen_ones():
+    net = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2).double(), nn.Linear(2, 2)])
+    net[2].requires_grad_(False)
+    before = copy.deepcopy(net.state_dict())
+    optimizer = utils.SGD(net.parameters(), momentum=0.0)
+    (net[0](torch.ones(2)).sum() + net[1](torch.ones(2).double()).sum()).backward()
+    optimizer.step(1.0)
+    for i, moved in enumerate((1, 1, 0)):
+        assert net[i].bias.dtype == (torch.float64 if i == 1 else torch.float32)
+        torch.testing.assert_close(net[i].bias.detach(), before[f"{i}.bias"] - moved)
+
+
 def test_training_does_not_import_the_compiler():
     code = (
         "import sys, utils\n"

@@ -1,0 +1,254 @@
+"""The server's door: TLS on the port, and who may come in.
+
+    nobody's certificate    may enrol, and no more
+    a device's certificate  may join as the cid in it, unless that was revoked
+    none                    at the address that the owner may open for stock clients alone
+
+gRPC sees to the connection: TLS 1.3, certificates of our authority, in their time. What a
+device may do once it is connected is decided here.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
+import psutil
+from cryptography import x509
+
+from plumbing import keys
+from plumbing.addresses import check_cid, parse_address, resolve
+from plumbing.admissions import Admissions
+from plumbing.errors import FederationError
+
+ENROL_REQUEST = "enrolment-bin"
+WAITING = 64  # enrolments at a time
+WAITING_EACH = 8  # of them from one address; whoever comes on top is turned away
+PENALTY_SECONDS = 1.0  # so long the answer to a wrong token takes
+TELL_SECONDS = 10.0  # so often refusals are told, with their number
+LOOK_SECONDS = 10.0  # so often the machine's addresses are looked at
+
+
+def local_names(server_address: str, more: Iterable[str] = ()) -> list[str]:
+    """Return what this machine may be called by devices: names and addresses."""
+    host, _ = parse_address(server_address)
+    name = socket.gethostname()
+    names = ["localhost", name, f"{name}.local", *local_addresses(), *more]
+    if host not in ("0.0.0.0", "::"):
+        names += [host, *(address for address, _ in resolve(server_address))]
+    return sorted({name for name in names if _can_be_certified(name)})
+
+
+def local_addresses() -> list[str]:
+    """Return the IP addresses of this machine, without those that need a zone."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    interfaces = psutil.net_if_addrs().values()
+    found = {a.address for interface in interfaces for a in interface if a.family in families}
+    return sorted(address for address in found if "%" not in address)
+
+
+def public_address(server_address: str) -> str | None:
+    """Return an address that the whole Internet may reach, if the server would listen at one."""
+    host, _ = parse_address(server_address)
+    listening = [address for address, _ in resolve(server_address)]
+    if host in ("0.0.0.0", "::"):
+        listening = [a for a in local_addresses() if host == "::" or ":" not in a]
+    return next((a for a in listening if ipaddress.ip_address(a).is_global), None)
+
+
+def _can_be_certified(name: str) -> bool:
+    try:
+        keys.general_name(name)
+    except ValueError:  # not in ASCII
+        return False
+    return True
+
+
+class _ServerCertificate:
+    """What gRPC shows to devices: asked for at each connection, made anew when need be."""
+
+    def __init__(self, authority: keys.Authority, names: Callable[[], list[str]]) -> None:
+        self.authority = authority
+        self.names = names
+        self.certified: set[str] = set()
+        self.certificate: x509.Certificate | None = None
+        self.looked = 0.0
+        self.lock = threading.Lock()  # gRPC asks in threads of its own
+
+    def make(self) -> grpc.ServerCertificateConfiguration:
+        self.looked = time.monotonic()
+        self.certified = set(self.names())
+        key, certificate = self.authority.sign_server(sorted(self.certified))
+        self.certificate = x509.load_pem_x509_certificate(certificate)
+        return grpc.ssl_server_certificate_configuration(
+            [(key, certificate + self.authority.pem)],
+            root_certificates=self.authority.pem + keys.nobody()[1],
+        )
+
+    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
+        """Return a new one if names were added or its end comes near."""
+        with self.lock:
+            if time.monotonic() < self.looked + LOOK_SECONDS:
+                return None
+            self.looked = time.monotonic()
+            assert self.certificate
+            if set(self.names()) <= self.certified and not keys.is_due(self.certificate):
+                return None
+            return self.make()
+
+
+class Gate:
+    """TLS and admission for a Fleet.
+
+    Args:
+        directory: where the authority and the list of devices are, made if missing.
+        names: returns what this machine is called; asked again and again, since a laptop's
+            addresses change.
+        tell: called with a line for the owner, from the fleet's thread.
+
+    Raises:
+        FederationError: the directory cannot be used.
+    """
+
+    def __init__(
+        self, directory: Path, names: Callable[[], list[str]], tell: Callable[[str], None]
+    ) -> None:
+        self.authority = keys.Authority(directory)
+        self.admissions = Admissions(directory)
+        self.names = names
+        self.tell = tell
+        self._waiting: Counter[str] = Counter()  # enrolments by address
+        self._refused: Counter[tuple[str, str]] = Counter()  # not told yet, by address and reason
+        self._telling = False
+
+    def credentials(self, demand_key: bool = True) -> grpc.ServerCredentials:
+        """Return TLS for a port; without `demand_key` for stock clients, which have none."""
+        certificate = _ServerCertificate(self.authority, self.names)
+        return grpc.dynamic_ssl_server_credentials(certificate.make(), certificate, demand_key)
+
+    async def check(self, context: grpc.aio.ServicerContext) -> tuple[str, str]:
+        """Return the cid and key hash that the peer's certificate proves; hang up if it may not in.
+
+        Both are "" for a stock client at the address that is open to them.
+        """
+        presented = context.auth_context().get("x509_pem_cert")
+        if not presented:
+            return "", ""
+        if presented[0] == keys.nobody()[1]:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "join with --join=TOKEN first")
+        certificate = x509.load_pem_x509_certificate(presented[0])
+        cid, key_hash = keys.common_name(certificate), keys.key_hash(certificate)
+        objection: str | None = "its certificate is not of this authority"
+        if keys.is_issued_by(certificate, self.authority.certificate):
+            objection = await asyncio.to_thread(self.admissions.objection, cid, key_hash)
+        if objection:
+            self._refuse(_address(context), objection)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, objection)
+        return cid, key_hash
+
+    def note_seen(self, cid: str, context: grpc.aio.ServicerContext) -> None:
+        """Note for the owner's list that a device is here."""
+        self.admissions.note_seen(cid, _address(context))
+
+    def revoked(self, devices: Iterable[Any]) -> list[Any]:
+        """Return those of the connected devices whose keys are not admitted any more."""
+        admitted = {(d.cid, d.key_hash) for d in self.admissions.all() if d.revoked is None}
+        return [d for d in devices if d.key_hash and (d.cid, d.key_hash) not in admitted]
+
+    async def enrol(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+        """Sign a certificate for the key of a device that has a token.
+
+        The request travels in the call's metadata, of which gRPC takes 16 kB and no more: of
+        somebody unknown no message is read.
+        """
+        address = _address(context)
+        with self._wait_for(address) as may_wait:
+            if not may_wait:
+                self._refuse(address, "too many enrolments at a time")
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "too many enrol, try later")
+            try:
+                cid, token, csr = _read_request(context)
+                certificate = await asyncio.to_thread(
+                    self.admissions.admit_by_token,
+                    cid,
+                    keys.key_hash(csr),
+                    keys.parse_token(token).mark,
+                    lambda: self.authority.sign_device(cid, keys.p256_key(csr)),
+                )
+            except FederationError as error:
+                self._refuse(address, str(error))
+                await asyncio.sleep(PENALTY_SECONDS)
+                await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
+        self.tell(f"device {cid} was admitted from {address}, key {keys.key_hash(csr)[:16]}…")
+        await context.write(certificate)
+
+    async def renew(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+        """Sign a new certificate for the key by which a device is connected."""
+        cid, _key_hash = await self.check(context)
+        pem = context.auth_context().get("x509_pem_cert")
+        if not pem:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "there is no key to certify")
+        public_key = keys.p256_key(x509.load_pem_x509_certificate(pem[0]))
+        await context.write(self.authority.sign_device(cid, public_key))
+
+    @contextlib.contextmanager
+    def _wait_for(self, address: str) -> Iterator[bool]:
+        """Take a place among those that enrol; False if there is none left."""
+        if self._waiting.total() >= WAITING or self._waiting[address] >= WAITING_EACH:
+            yield False
+            return
+        self._waiting[address] += 1
+        try:
+            yield True
+        finally:
+            self._waiting[address] -= 1
+            self._waiting = +self._waiting  # without those at 0
+
+    def _refuse(self, address: str, reason: str) -> None:
+        """Tell the owner, at once and then every TELL_SECONDS with the number."""
+        self._refused[address, reason] += 1
+        if not self._telling:
+            self._tell_refused()
+
+    def _tell_refused(self) -> None:
+        self._telling = bool(self._refused)
+        for (address, reason), times in self._refused.items():
+            self.tell(f"refused {address}{f' {times:,} times' if times > 1 else ''}: {reason}")
+        self._refused.clear()
+        if self._telling:
+            asyncio.get_running_loop().call_later(TELL_SECONDS, self._tell_refused)
+
+
+def _address(context: grpc.aio.ServicerContext) -> str:
+    """Return the peer's IP address, of gRPC's ipv4:192.168.1.7:40112 or ipv6:%5B::1%5D:40112."""
+    host = unquote(context.peer()).partition(":")[2].rpartition(":")[0]
+    return host.strip("[]").removeprefix("::ffff:")
+
+
+def _read_request(
+    context: grpc.aio.ServicerContext,
+) -> tuple[str, str, x509.CertificateSigningRequest]:
+    """Return the cid, token and signing request of an enrolment.
+
+    Raises:
+        FederationError: it is none.
+    """
+    try:
+        data = dict(context.invocation_metadata() or ())[ENROL_REQUEST]
+        request = json.loads(data)
+        cid, token, csr = (request[name] for name in ("cid", "token", "csr"))
+        if not all(isinstance(value, str) for value in (cid, token, csr)):
+            raise TypeError
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise FederationError("this is no enrolment") from None
+    check_cid(cid)
+    return cid, token, keys.read_signing_request(csr.encode())

@@ -1,0 +1,303 @@
+"""The device's key: how it gets one, shows it, renews it, and knows its server.
+
+A key file, device-<cid>.pem, holds the device's private key, the certificate for it and that of
+the server's authority. The key is made here and never leaves.
+"""
+
+import contextlib
+import json
+import logging
+import socket
+import ssl
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from plumbing import keys
+from plumbing.addresses import parse_address, resolve
+from plumbing.errors import FederationError, NotYet, Refused
+
+logger = logging.getLogger(__name__)
+
+ENROL = "/plumbing.Fleet/Enrol"
+RENEW = "/plumbing.Fleet/Renew"
+ENROL_REQUEST = "enrolment-bin"  # a key of the call's metadata
+ANSWER_SECONDS = 20.0
+PROBE_SECONDS = 5.0
+NO_PROXY = [("grpc.enable_http_proxy", 0)]  # a server on the local network is not behind one
+
+
+def open_identity(directory: Path, cid: str, join: str | None) -> "Identity | None":
+    """Return the device's identity, or None if it has none and is given none: an open server's.
+
+    Args:
+        directory: where key files are.
+        join: a token, the name of a file with one, "-" for standard input, or the name of a
+            key file that the owner made with `server.py devices admit`.
+
+    Raises:
+        FederationError: any of this is wrong; the message shows no secret.
+    """
+    path = directory.expanduser() / f"device-{cid}.pem"
+    if join is None:
+        return Identity(path, cid) if path.exists() else None
+    keys.private_directory(directory)
+    text = _read_join(join)
+    if "PRIVATE KEY" not in text:
+        return Identity(path, cid, keys.parse_token(text))
+    try:
+        key, certificate, _ = keys.parse_key_file(text.encode())
+    except ValueError as error:
+        raise FederationError(f"--join {join} is no key file: {error}") from None
+    if keys.common_name(certificate) != cid:
+        raise FederationError(
+            f"--join {join} is the key of device {keys.common_name(certificate)}, "
+            f"not of device {cid}; start the client with that --cid"
+        )
+    if not path.exists() or keys.read_key_file(path)[0].public_key() != key.public_key():
+        keys.write_private(path, text.encode())
+    return Identity(path, cid)
+
+
+def _read_join(join: str) -> str:
+    if join == "-":
+        return sys.stdin.read().strip()
+    if join.startswith(keys.TOKEN_PREFIX):
+        return join
+    try:
+        return Path(join).expanduser().read_text().strip()
+    except (OSError, UnicodeError):
+        raise FederationError(
+            "--join is neither a token (join1_…, as server.py prints it) nor a file that can be "
+            "read; - reads standard input"
+        ) from None
+
+
+class Identity:
+    """The key of one device, and the authority that its server must be of.
+
+    Args:
+        path: of the key file.
+        token: to get the key file with, unless that was made with the same token before.
+    """
+
+    def __init__(self, path: Path, cid: str, token: keys.Token | None = None) -> None:
+        self.path = path
+        self.cid = cid
+        self.token = token
+        if path.exists():
+            if token is None or self._mark(token) in path.read_bytes():
+                self.token = None
+            self._load()
+        # The key that it will have, kept until the answer is here: who asks again must have
+        # the same.
+        self.pending = path.with_suffix(".pending")
+
+    def prepare(self, server_address: str, seconds: float) -> None:
+        """Get a certificate if there is none yet.
+
+        Raises:
+            NotYet: it may work later.
+            Refused: it will not.
+            grpc.RpcError: the server could not be reached, or does not admit this device.
+        """
+        if self.token:
+            self._enrol(server_address, self.token, seconds)
+            return
+        begin, end = self.certificate.not_valid_before_utc, self.certificate.not_valid_after_utc
+        if keys.now() < begin:
+            raise NotYet(
+                f"this device's clock says {keys.now():%Y-%m-%d %H:%M} UTC, its certificate begins "
+                f"at {begin:%Y-%m-%d %H:%M}; waiting for the time to be set"
+            )
+        if keys.now() > end:
+            raise Refused(
+                f"the certificate of device {self.cid} ended on {end:%Y-%m-%d}; take its admission "
+                f"back (server.py devices revoke {self.cid}), and join anew with --join=TOKEN"
+            )
+
+    def channel(self, server_address: str, options: list[tuple[str, Any]]) -> grpc.Channel:
+        """Return a channel on which both ends prove who they are."""
+        return _channel(server_address, options, self.authority, self.credentials)
+
+    def renew_if_due(self, server_address: str) -> None:
+        """Get a new certificate for the same key when the old one nears its end."""
+        if not keys.is_due(self.certificate):
+            return
+        try:
+            with self.channel(server_address, NO_PROXY) as channel:
+                pem = _ask(channel, RENEW)
+            self._write(self.credentials[0], pem, keys.certificate_pem(self.authority))
+            self._load()
+            logger.info(
+                f"certificate renewed, until {self.certificate.not_valid_after_utc:%Y-%m-%d}"
+            )
+        except grpc.RpcError as error:
+            logger.info(f"certificate not renewed yet ({error.details()})")
+
+    def _load(self) -> None:
+        key, self.certificate, self.authority = keys.read_key_file(self.path)
+        self.credentials = keys.key_pem(key), keys.certificate_pem(self.certificate)
+
+    def _enrol(self, server_address: str, token: keys.Token, seconds: float) -> None:
+        authority = find_authority(server_address, token.authority_hash, seconds)
+        mark = self._mark(token)
+        if not (self.pending.exists() and mark in self.pending.read_bytes()):
+            keys.write_private(self.pending, mark + keys.key_pem(keys.new_key()))
+        key = load_pem_private_key(self.pending.read_bytes(), None)
+        assert isinstance(key, keys.PrivateKey)
+        csr = keys.signing_request(key, self.cid).decode()
+        request = json.dumps({"cid": self.cid, "token": str(token), "csr": csr}).encode()
+        with _channel(server_address, NO_PROXY, authority, keys.nobody()) as channel:
+            pem = _ask(channel, ENROL, [(ENROL_REQUEST, request)])
+        self._write(mark + keys.key_pem(key), pem, keys.certificate_pem(authority))
+        self.pending.unlink(missing_ok=True)
+        self.token = None
+        self._load()
+        logger.info(f"admitted by {server_address} as device {self.cid}")
+
+    def _write(self, key: bytes, certificate: bytes, authority: bytes) -> None:
+        try:
+            _, shown, root = keys.parse_key_file(key + certificate + authority)
+            if keys.common_name(shown) != self.cid or not keys.is_issued_by(shown, root):
+                raise ValueError("not what was asked for")
+        except ValueError as error:
+            raise FederationError(f"the server sent no usable certificate: {error}") from None
+        keys.write_private(self.path, key + certificate + authority)
+
+    @staticmethod
+    def _mark(token: keys.Token) -> bytes:
+        """Return a line of a key file that tells which token brought it; PEM has comments."""
+        return f"# by token {token.mark}\n".encode()
+
+
+def _channel(
+    server_address: str,
+    options: list[tuple[str, Any]],
+    authority: x509.Certificate,
+    credentials: tuple[bytes, bytes],
+) -> grpc.Channel:
+    tls = grpc.ssl_channel_credentials(keys.certificate_pem(authority), *credentials)
+    return grpc.secure_channel(server_address, tls, options)
+
+
+def _ask(
+    channel: grpc.Channel, method: str, metadata: list[tuple[str, Any]] | None = None
+) -> bytes:
+    """Call a method that takes metadata alone, and return its one answer."""
+    answers = channel.stream_stream(method)(iter(()), timeout=ANSWER_SECONDS, metadata=metadata)
+    return next(answers, b"")
+
+
+# --- Which server is that? ---
+
+
+class NoTLS(NotYet):
+    """Something else listens there."""
+
+
+def shown_certificates(server_address: str, seconds: float) -> list[x509.Certificate]:
+    """Return what the server shows of itself, proved by nothing so far.
+
+    Raises:
+        NotYet: nobody answers.
+        NoTLS: it is not TLS 1.3 that is spoken there.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols(["h2"])
+    try:
+        address = resolve(server_address)[0]
+        with (
+            socket.create_connection(
+                address, timeout=max(0.5, min(seconds, PROBE_SECONDS))
+            ) as plain,
+            context.wrap_socket(plain) as tls,
+        ):
+            # Public from Python 3.13 on, the same before.
+            has_it: Any = tls if hasattr(tls, "get_unverified_chain") else getattr(tls, "_sslobj")  # noqa: B009
+            return [_certificate(shown) for shown in has_it.get_unverified_chain()]
+    except TimeoutError:
+        raise NotYet("no answer") from None
+    except ssl.SSLError:
+        raise NoTLS("what listens there speaks no TLS 1.3; start server.py with --secure") from None
+    except OSError as error:
+        if isinstance(error, ConnectionResetError):
+            raise NoTLS(
+                "what listens there hangs up on TLS; start server.py with --secure"
+            ) from None
+        raise NotYet((error.strerror or str(error)).lower()) from None
+
+
+def _certificate(shown: Any) -> x509.Certificate:
+    """Return one of the chain: bytes from Python 3.13 on, an object of ssl's before."""
+    pem = shown if isinstance(shown, bytes) else shown.public_bytes()
+    if isinstance(pem, str):
+        return x509.load_pem_x509_certificate(pem.encode())
+    return x509.load_der_x509_certificate(pem)
+
+
+def find_authority(server_address: str, authority_hash: str, seconds: float) -> x509.Certificate:
+    """Return the certificate of the server's authority, whose key has this hash.
+
+    Nothing is sent before that but the opening of the handshake. What the server shows could
+    be a copy; that it has the key is proved by the connection that follows.
+
+    Raises:
+        Refused: the server there is of another authority.
+        NotYet: as shown_certificates.
+    """
+    chain = shown_certificates(server_address, seconds)
+    for certificate in chain:
+        if keys.key_hash(certificate) == authority_hash:
+            return certificate
+    raise Refused(
+        f"the server at {server_address} is not the one that this device trusts: its authority is "
+        f"sha256:{keys.key_hash(chain[-1])}, not sha256:{authority_hash}. Either the server was "
+        "set up anew, then join with a new --join=TOKEN; or somebody is in between"
+    )
+
+
+def explain(server_address: str, identity: Identity | None, seconds: float) -> str:
+    """Return why no connection comes about, as far as a look at the server tells, or "".
+
+    Raises:
+        Refused: trying again is of no use.
+    """
+    try:
+        if identity is None:
+            shown_certificates(server_address, seconds)
+            raise Refused(
+                f"the server at {server_address} lets in only devices that its owner admitted; "
+                "join with --join=TOKEN, as server.py prints it"
+            )
+        chain = shown_certificates(server_address, seconds)
+        authority_hash = keys.key_hash(identity.authority)
+        if authority_hash not in map(keys.key_hash, chain):
+            find_authority(server_address, authority_hash, seconds)
+    except NoTLS as error:
+        return "" if identity is None else f"{error}, or this client with --insecure"
+    except NotYet:
+        return ""
+    host, _ = parse_address(server_address)
+    with contextlib.suppress(x509.ExtensionNotFound):
+        names = chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        if keys.general_name(host.lower()) not in names:
+            raise Refused(
+                f"the server's certificate is not for {host} but for "
+                f"{', '.join(str(name.value) for name in names)}; start server.py with "
+                f"--names {host}"
+            )
+    begin, end = chain[0].not_valid_before_utc, chain[0].not_valid_after_utc
+    if not begin <= keys.now() <= end:
+        return (
+            f"this device's clock says {keys.now():%Y-%m-%d %H:%M} UTC, the server's certificate "
+            f"is for {begin:%Y-%m-%d} to {end:%Y-%m-%d}"
+        )
+    return "the server hangs up on this device's certificate"

@@ -1,0 +1,387 @@
+"""Keys, certificates and tokens: what a server and its devices recognise each other by.
+
+Each owner has an authority of their own, a key that signs the certificates of their server and
+of their devices. Nobody else is trusted, and nobody else trusts it.
+
+    authority   made at the first start with --secure; its key never leaves the server's machine
+    server      a certificate for this machine's names and addresses, made anew at each start
+    device      one for a cid; the device makes the key and shows only its public half
+    nobody      what a device shows before it has its own (see `nobody`)
+
+All keys are ECDSA on P-256: every TLS library knows them, and a Pi signs in about a millisecond.
+"""
+
+import base64
+import binascii
+import datetime
+import hashlib
+import ipaddress
+import os
+import re
+import secrets
+import stat
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from plumbing.errors import FederationError
+
+DAY = datetime.timedelta(days=1)
+CLOCK_SLACK = DAY  # certificates begin so much earlier: a Pi has no clock of its own
+AUTHORITY_LIFE = 3650 * DAY
+SERVER_LIFE = 60 * DAY
+DEVICE_LIFE = 365 * DAY
+NOBODY = "nobody"
+
+TOKEN_PREFIX = "join1_"
+SECRET_BYTES = 16
+
+PrivateKey = ec.EllipticCurvePrivateKey
+
+
+def default_keys_dir() -> Path:
+    """Return where keys are unless --keys says otherwise."""
+    config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(config) / "flower-embedded"
+
+
+def private_directory(path: Path) -> Path:
+    """Make `path`, for its owner's eyes only; return it.
+
+    Raises:
+        FederationError: others can look into it, or it cannot be made.
+    """
+    path = path.expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
+        raise FederationError(
+            f"the keys directory '{path}' cannot be made ({error.strerror}); name another by --keys"
+        ) from None
+    if mode & 0o077:
+        raise FederationError(
+            f"others on this machine can look into the keys directory '{path}' (mode {mode:03o}); "
+            f"say chmod 700 '{path}', or name another by --keys"
+        )
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise FederationError(f"user {os.getuid()} may not use the keys directory '{path}'")
+    return path
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file that only its owner can read, as a whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.unlink(missing_ok=True)
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise FederationError(f"cannot write '{path}': {error.strerror}") from None
+
+
+# --- Keys and certificates ---
+
+
+def new_key() -> PrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def key_pem(key: PrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def certificate_pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(Encoding.PEM)
+
+
+def public_key_hash(public_key: Any) -> str:
+    """Return SHA-256 of a public key (its DER SubjectPublicKeyInfo), in hex."""
+    spki = public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(spki).hexdigest()
+
+
+def key_hash(certificate: x509.Certificate | x509.CertificateSigningRequest) -> str:
+    """Return the hash of the public key that a certificate is for."""
+    return public_key_hash(certificate.public_key())
+
+
+def p256_key(
+    holder: x509.Certificate | x509.CertificateSigningRequest,
+) -> ec.EllipticCurvePublicKey:
+    """Return the public key in it; ValueError for keys of another kind than ours."""
+    key = holder.public_key()
+    if not (isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1"):
+        raise ValueError("its key is not on P-256")
+    return key
+
+
+def common_name(certificate: x509.Certificate) -> str:
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if len(names) == 1 else ""
+
+
+def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Return whether the authority itself signed it; its dates are not looked at."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def is_due(certificate: x509.Certificate) -> bool:
+    """Return whether two thirds of its life are over, so that a new one is due."""
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return now() > begin + (end - begin) * 2 / 3
+
+
+def now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+def _name(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def _builder(
+    subject: x509.Name,
+    issuer: x509.Name,
+    public_key: ec.EllipticCurvePublicKey,
+    begin: datetime.datetime,
+    end: datetime.datetime,
+    purpose: x509.ObjectIdentifier | None,
+) -> x509.CertificateBuilder:
+    """Return a certificate but for its number and signature; without a purpose, an authority's."""
+    signs = purpose is None
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public_key)
+        .not_valid_before(begin)
+        .not_valid_after(end)
+        .add_extension(x509.BasicConstraints(signs, 0 if signs else None), critical=True)
+        # BoringSSL, in gRPC, looks at this alone to tell who may sign certificates.
+        .add_extension(
+            x509.KeyUsage(not signs, False, False, False, False, signs, signs, False, False),
+            critical=True,
+        )
+    )
+    if purpose is None:
+        return builder
+    return builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+
+
+@cache
+def nobody() -> tuple[bytes, bytes]:
+    """Return key and certificate (PEM) of a device that has none yet, the same everywhere.
+
+    gRPC for Python can demand client certificates or not ask for them, but not leave it to
+    the client. This pair is known to everybody, proves nothing, and opens nothing but
+    enrolment: it stands for "no certificate", and enrolment needs no port of its own.
+    """
+    number = int.from_bytes(hashlib.sha256(b"flower-embedded: nobody").digest())
+    key = ec.derive_private_key(number >> 1, ec.SECP256R1())
+    begin = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+    name = _name(NOBODY)
+    certificate = (
+        _builder(
+            name,
+            name,
+            key.public_key(),
+            begin,
+            begin + 100 * 365 * DAY,
+            ExtendedKeyUsageOID.CLIENT_AUTH,
+        )
+        .serial_number(1)
+        .sign(key, SHA256(), ecdsa_deterministic=True)
+    )
+    return key_pem(key), certificate_pem(certificate)
+
+
+def signing_request(key: PrivateKey, cid: str) -> bytes:
+    """Return the PEM by which a device asks for a certificate; it proves that it has the key."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(_name(cid))
+    return builder.sign(key, SHA256()).public_bytes(Encoding.PEM)
+
+
+def read_signing_request(data: bytes) -> x509.CertificateSigningRequest:
+    """Return a device's request, its key and signature checked.
+
+    Raises:
+        FederationError: it is none, or of another kind than `signing_request` makes.
+    """
+    try:
+        request = x509.load_pem_x509_csr(data)
+        p256_key(request)
+        if not request.is_signature_valid:
+            raise ValueError("it is not signed by its own key")
+    except Exception as error:  # cryptography documents no list of what a parser may raise
+        raise FederationError(f"no valid certificate request: {error}") from None
+    return request
+
+
+class Authority:
+    """Signs for one owner's server and devices.
+
+    Args:
+        directory: a private directory; the authority in it, or a new one, is used.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        path = private_directory(directory) / "authority.pem"
+        if not path.exists():
+            key = new_key()
+            name = _name(f"flower-embedded {secrets.token_hex(4)}")
+            builder = _builder(
+                name, name, key.public_key(), now() - CLOCK_SLACK, now() + AUTHORITY_LIFE, None
+            )
+            certificate = builder.serial_number(x509.random_serial_number()).sign(key, SHA256())
+            write_private(path, key_pem(key) + certificate_pem(certificate))
+        self.key, self.certificate, _ = read_key_file(path)
+        # For stock Flower clients and other programs, which need this half alone.
+        public = path.with_name("authority.crt")
+        if not public.exists():
+            write_private(public, self.pem)
+
+    @property
+    def pem(self) -> bytes:
+        return certificate_pem(self.certificate)
+
+    @property
+    def hash(self) -> str:
+        return key_hash(self.certificate)
+
+    def sign_server(self, names: Iterable[str]) -> tuple[bytes, bytes]:
+        """Return a new key, and a certificate for such host names and IP addresses, in PEM."""
+        key = new_key()
+        general_names = [general_name(name) for name in names]
+        builder = _builder(
+            _name("server"),
+            self.certificate.subject,
+            key.public_key(),
+            now() - CLOCK_SLACK,
+            now() + SERVER_LIFE,
+            ExtendedKeyUsageOID.SERVER_AUTH,
+        ).add_extension(x509.SubjectAlternativeName(general_names), critical=False)
+        return key_pem(key), certificate_pem(self._sign(builder))
+
+    def sign_device(self, cid: str, public_key: ec.EllipticCurvePublicKey) -> bytes:
+        """Return a certificate in PEM by which a device is `cid`."""
+        builder = _builder(
+            _name(cid),
+            self.certificate.subject,
+            public_key,
+            now() - CLOCK_SLACK,
+            now() + DEVICE_LIFE,
+            ExtendedKeyUsageOID.CLIENT_AUTH,
+        )
+        return certificate_pem(self._sign(builder))
+
+    def _sign(self, builder: x509.CertificateBuilder) -> x509.Certificate:
+        return builder.serial_number(x509.random_serial_number()).sign(self.key, SHA256())
+
+
+def general_name(name: str) -> x509.GeneralName:
+    """Return what a certificate says for a host name or an IP address."""
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def read_key_file(path: Path) -> tuple[PrivateKey, x509.Certificate, x509.Certificate]:
+    """Return what a key file holds: a key, its certificate, and the last certificate in it.
+
+    Raises:
+        FederationError: there is none, it is damaged, or key and certificate do not match.
+    """
+    try:
+        return parse_key_file(path.read_bytes())
+    except OSError as error:
+        raise FederationError(f"cannot read the key file '{path}': {error.strerror}") from None
+    except ValueError as error:
+        raise FederationError(
+            f"the key file '{path}' is damaged ({error}); remove it, and join anew"
+        ) from None
+
+
+def parse_key_file(data: bytes) -> tuple[PrivateKey, x509.Certificate, x509.Certificate]:
+    """Return a key file's content, as read_key_file does.
+
+    Raises:
+        ValueError: it is none; the message holds nothing of it.
+    """
+    try:
+        key = load_pem_private_key(data, None)
+        certificates = x509.load_pem_x509_certificates(data)
+    except Exception:  # cryptography's message may quote the file
+        raise ValueError("no private key with a certificate") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError("a key of another kind")
+    if certificates[0].public_key() != key.public_key():
+        raise ValueError("its key and certificate do not belong together")
+    return key, certificates[0], certificates[-1]
+
+
+# --- Tokens ---
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a device joins with: a secret for the server, and whom to show it to."""
+
+    secret: bytes
+    authority_hash: str  # see key_hash
+
+    def __repr__(self) -> str:
+        return f"Token(authority_hash={self.authority_hash!r})"
+
+    def __str__(self) -> str:
+        data = self.secret + bytes.fromhex(self.authority_hash)
+        data += zlib.crc32(data).to_bytes(4)  # so that a slip of the pen is told as one
+        return TOKEN_PREFIX + base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+    @property
+    def mark(self) -> str:
+        """A name for it that tells nothing of the secret."""
+        return hashlib.sha256(self.secret).hexdigest()
+
+
+def parse_token(text: str) -> Token:
+    """Return the token that `text` is.
+
+    Raises:
+        FederationError: it is none, or mistyped; the message does not show it.
+    """
+    problem = "--join is no token: it must be as server.py prints it, join1_ and 70 characters more"
+    if not re.fullmatch(TOKEN_PREFIX + "[A-Za-z0-9_-]*", text):
+        raise FederationError(problem)
+    try:
+        data = base64.b64decode(text.removeprefix(TOKEN_PREFIX) + "==", b"-_", validate=True)
+    except binascii.Error:
+        raise FederationError(problem) from None
+    data, checksum = data[:-4], data[-4:]
+    if len(data) != SECRET_BYTES + 32 or zlib.crc32(data).to_bytes(4) != checksum:
+        raise FederationError(f"{problem}; a character of it is wrong or missing")
+    return Token(data[:SECRET_BYTES], data[SECRET_BYTES:].hex())
