@@ -1,16 +1,17 @@
-"""What a round costs without training, beside stock Flower: weights go out and come back.
+"""What a round costs without training, beside stock Flower and with TLS: weights go and come.
 
     python benchmarks/round_overhead.py
     python benchmarks/round_overhead.py --model ResNet18 --repeats 9
 
 One server and its clients, a process each, over loopback. The clients return the weights
-that came, so a round is two transfers per client and an average. The two sides take turns:
+that came, so a round is two transfers per client and an average. The sides take turns:
 
     ours    server.run_round over plumbing.fleet.Fleet; plumbing.transport.serve
     stock   flwr.server.start_server; flwr.client.start_client
+    tls     ours with --secure: TLS 1.3, and a key of its own for each client
 
-Both run FedAvg with the same settings. A time is from one round's start to the next one's;
-the ratio is of neighbours in one turn, so that other load on the machine weighs on both.
+All run FedAvg with the same settings. A time is from one round's start to the next one's;
+ratios are of neighbours in one turn, so that other load on the machine weighs on all.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import signal
 import socket
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -32,10 +34,13 @@ from flwr.client import NumPyClient
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere
 
+from plumbing import keys
+from plumbing.admissions import Admissions
 from plumbing.settings import Settings
 
 ROUNDS = {"Net": 200, "ResNet18": 12}  # 1 s and more on either side
 AIMS = {"Net": 1.0, "ResNet18": 0.5}
+TLS_AIM = 1.25  # of our plain side, for ResNet18
 PATIENCE_SECONDS = 300  # for one side's turn
 
 spawn = multiprocessing.get_context("spawn")
@@ -43,6 +48,12 @@ spawn = multiprocessing.get_context("spawn")
 
 class Echo(NumPyClient):
     """Trains in no time: returns the weights that came."""
+
+    def __init__(self, cid: str) -> None:
+        self.cid = cid
+
+    def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {"cid": self.cid}
 
     def fit(
         self, parameters: list[np.ndarray], config: dict[str, Any]
@@ -61,31 +72,36 @@ def main() -> None:
     if args.short:
         args.model, args.rounds, args.repeats = "Net", 5, 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    print(f"{args.clients} clients, median ms a round; ratio ours/stock")
+    print(f"{args.clients} clients, median ms a round; ratios ours/stock and tls/ours")
     for model in [args.model] if args.model else list(ROUNDS):
         compare(model, args.rounds or ROUNDS[model], args.repeats, args.clients)
 
 
 def compare(model: str, rounds: int, repeats: int, clients: int) -> None:
-    """Let both sides take turns, and print what they took."""
-    ratios = []
-    times: dict[str, list[float]] = {"ours": [], "stock": []}
+    """Let the sides take turns, and print what they took."""
+    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    ratios: dict[str, list[float]] = {"ours/stock": [], "tls/ours": []}
     for repeat in range(1, repeats + 1):
-        for side in ("ours", "stock") if repeat % 2 else ("stock", "ours"):
-            times[side].append(1000 * take_turn(side, model, rounds, clients))
-        ours, stock = times["ours"][-1], times["stock"][-1]
-        ratios.append(ours / stock)
+        order = SIDES if repeat % 2 else reversed(SIDES)
+        took = {side: 1000 * take_turn(side, model, rounds, clients) for side in order}
+        for side in SIDES:
+            times[side].append(took[side])
+        ratios["ours/stock"].append(took["ours"] / took["stock"])
+        ratios["tls/ours"].append(took["tls"] / took["ours"])
         print(
-            f"{model:8}  turn {repeat}/{repeats}  ours {ours:7.2f}  stock {stock:7.2f}  "
-            f"ratio {ratios[-1]:.2f}",
+            f"{model:8}  turn {repeat}/{repeats}  "
+            + "  ".join(f"{side} {took[side]:7.2f}" for side in SIDES)
+            + "".join(f"  {name} {values[-1]:.2f}" for name, values in ratios.items()),
             flush=True,
         )
-    print(
-        f"{model:8}  ours {statistics.median(times['ours']):.2f} ms  "
-        f"stock {statistics.median(times['stock']):.2f} ms  "
-        f"ratio min {min(ratios):.2f}  median {statistics.median(ratios):.2f}  "
-        f"max {max(ratios):.2f}  (aim: at most {AIMS[model]})"
-    )
+    medians = "  ".join(f"{side} {statistics.median(times[side]):.2f}" for side in SIDES)
+    print(f"{model:8}  median ms   {medians}")
+    aims = {"ours/stock": AIMS[model], "tls/ours": TLS_AIM if model == "ResNet18" else None}
+    for name, values in ratios.items():
+        print(
+            f"{model:8}  {name:10}  min {min(values):.2f}  median {statistics.median(values):.2f}  "
+            f"max {max(values):.2f}" + (f"  (aim: at most {aims[name]})" if aims[name] else "")
+        )
 
 
 def take_turn(side: str, model: str, rounds: int, clients: int) -> float:
@@ -95,11 +111,19 @@ def take_turn(side: str, model: str, rounds: int, clients: int) -> float:
     run_server, run_client = SIDES[side]
     results, sender = spawn.Pipe(duplex=False)
     with contextlib.ExitStack() as stack:
+        directory = None
+        if side == "tls":
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            for cid in range(clients):
+                make_key_file(directory, str(cid))
         server = stack.enter_context(
-            running(run_server, address, model, warm_up + rounds, clients, sender)
+            running(run_server, address, model, warm_up + rounds, clients, sender, directory)
         )
         sender.close()  # the server's copy is the only one, so recv sees its death
-        joined = [stack.enter_context(running(run_client, address)) for _ in range(clients)]
+        joined = [
+            stack.enter_context(running(run_client, address, str(cid), directory))
+            for cid in range(clients)
+        ]
         try:
             if not results.poll(PATIENCE_SECONDS):
                 raise EOFError
@@ -123,6 +147,16 @@ def running(target: Callable[..., None], *args: Any) -> Iterator[Any]:
         process.join()
 
 
+def make_key_file(directory: Path, cid: str) -> None:
+    """Admit a client to the authority in `directory`, and put the file with its key there."""
+    authority = keys.Authority(directory)
+    key = keys.new_key()
+    certificate = authority.sign_device(cid, key.public_key())
+    Admissions(directory).admit(cid, keys.public_key_hash(key.public_key()), certificate)
+    content = keys.key_pem(key) + certificate + authority.pem
+    keys.write_private(directory / f"device-{cid}.pem", content)
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
@@ -140,11 +174,19 @@ def wait_until_listening(address: str) -> None:
 # --- The processes --------------------------------------------------------------------
 
 
-def our_server(address: str, model: str, rounds: int, clients: int, results: Connection) -> None:
+def our_server(
+    address: str,
+    model: str,
+    rounds: int,
+    clients: int,
+    results: Connection,
+    directory: Path | None,
+) -> None:
     import server
     import utils
     from plumbing import wire
     from plumbing.fleet import Fleet
+    from plumbing.gate import Gate
 
     net = utils.build_model(model)
     names, weights = list(net.state_dict()), utils.get_weights(net)
@@ -163,6 +205,7 @@ def our_server(address: str, model: str, rounds: int, clients: int, results: Con
         announce=lambda device, event: None,
         refuse=lambda who, reason: print(f"refused {who}: {reason}"),
         model_bytes=sum(w.nbytes for w in weights),
+        gate=Gate(directory, lambda: ["127.0.0.1"], tell=print) if directory else None,
     )
     starts = []
     fleet.wait_for(clients)
@@ -178,14 +221,18 @@ def our_server(address: str, model: str, rounds: int, clients: int, results: Con
     fleet.close(run_is_over=True)
 
 
-def our_client(address: str) -> None:
+def our_client(address: str, cid: str, directory: Path | None) -> None:
+    from plumbing.identity import Identity
     from plumbing.transport import serve
 
+    identity = Identity(directory / f"device-{cid}.pem", cid) if directory else None
     wait_until_listening(address)
-    serve(address, Echo(), on_state=lambda state: None)
+    serve(address, Echo(cid), on_state=lambda state: None, identity=identity)
 
 
-def stock_server(address: str, model: str, rounds: int, clients: int, results: Connection) -> None:
+def stock_server(
+    address: str, model: str, rounds: int, clients: int, results: Connection, _: Path | None
+) -> None:
     from flwr.common import ndarrays_to_parameters
     from flwr.server import ServerConfig, start_server
     from flwr.server.strategy import FedAvg
@@ -215,15 +262,19 @@ def stock_server(address: str, model: str, rounds: int, clients: int, results: C
     results.send(starts)
 
 
-def stock_client(address: str) -> None:
+def stock_client(address: str, cid: str, _: Path | None) -> None:
     from flwr.client import start_client
 
     wait_until_listening(address)
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    start_client(server_address=address, client=Echo().to_client())
+    start_client(server_address=address, client=Echo(cid).to_client())
 
 
-SIDES = {"ours": (our_server, our_client), "stock": (stock_server, stock_client)}
+SIDES = {
+    "ours": (our_server, our_client),
+    "stock": (stock_server, stock_client),
+    "tls": (our_server, our_client),
+}
 
 
 def strategy_settings(clients: int) -> dict[str, Any]:
