@@ -383,7 +383,7 @@ def print_who_may_join(fleet: Fleet) -> None:
     authority, admissions = fleet.gate.authority, fleet.gate.admissions
     admitted = sum(device.revoked is None for device in admissions.all())
     say(f"secured by authority sha256:{authority.hash}")
-    say(f"{admitted} devices are admitted; python server.py devices lists them")
+    say(f"devices admitted so far: {admitted} (python server.py devices lists them)")
     say(
         f"devices join with:  --join={admissions.make_token(authority.hash)}          "
         f"(valid for {TOKEN_SECONDS / 3600:g} hours or {TOKEN_USES} devices)"

@@ -8,7 +8,7 @@ It holds hashes of tokens and of public keys, no secret.
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,13 +134,11 @@ class Admissions:
             return f"device {cid} was revoked"
         return None
 
-    def note_seen(self, cid: str, address: str) -> None:
-        """Note that a device is here, and where from."""
+    def note_seen(self, seen: Iterable[tuple[str, str]]) -> None:
+        """Note which devices are here, by cid and address."""
+        rows = [(time.time(), address, cid) for cid, address in seen]
         with self._open(durable=False) as db:
-            db.execute(
-                "UPDATE devices SET last_seen = ?, last_address = ? WHERE cid = ?",
-                [time.time(), address, cid],
-            )
+            db.executemany("UPDATE devices SET last_seen = ?, last_address = ? WHERE cid = ?", rows)
 
     def revoke(self, cid: str) -> None:
         """Take a device's admission back, and close all tokens: it may know one.

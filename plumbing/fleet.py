@@ -26,7 +26,7 @@ from flwr.server.criterion import Criterion
 from plumbing import wire
 from plumbing.addresses import check_cid, join_address, listening_addresses, reachable_address
 from plumbing.errors import BadReply, FederationError
-from plumbing.gate import Gate
+from plumbing.gate import Gate, peer_address
 from plumbing.updates import clean_metrics
 
 GREETING_SECONDS = 300.0  # to say what it is; a Pi may have to cut its partition first
@@ -48,6 +48,7 @@ OFFER_BYTES = 1 << 16  # more than a reply without weights takes
 # took 1.49 GB in its third round and still grew, with this 1.09 GB from the second on.
 M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 16
 
+NOTE_SECONDS = 30.0  # how often the owner's list learns who is here
 WATCH_SECONDS = 1.0  # how often the owner's list is looked at for devices that were revoked
 
 LOST = "the connection broke"
@@ -65,6 +66,7 @@ class Device:
     stream: asyncio.Task | None = field(default=None, repr=False)  # serves it
     exchange: "_Exchange | None" = field(default=None, repr=False)  # whose request it works on
     failures: int = 0  # bad replies in a row
+    address: str = ""  # its IP address
     key_hash: str = ""  # of the key that it proved to have, at a secured server
     revoked: bool = False
 
@@ -380,10 +382,23 @@ class Fleet(ClientManager):
 
     async def _watch(self, gate: Gate) -> None:
         """Cut off devices that the owner revokes, also in the middle of a round."""
+        noted, told = 0.0, ""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             connected = list(self.devices.values())
-            for device in await asyncio.to_thread(gate.revoked, connected):
+            try:
+                revoked = await asyncio.to_thread(gate.revoked, connected)
+                if time.monotonic() > noted + NOTE_SECONDS:
+                    noted = time.monotonic()
+                    seen = [(d.cid, d.address) for d in connected if d.key_hash]
+                    await asyncio.to_thread(gate.admissions.note_seen, seen)
+            except FederationError as error:
+                if str(error) != told:
+                    told = str(error)
+                    self.refuse("to look for revoked devices", told)
+                continue
+            told = ""
+            for device in revoked:
                 device.revoked = True
                 if device.exchange:
                     device.exchange.settle(Reply(device, None, REVOKED))
@@ -454,7 +469,8 @@ class Fleet(ClientManager):
 
         in_pieces = properties.pop(wire.PIECES, False) is True
         cid = str(properties["cid"])
-        device = Device(cid, clean_metrics(properties), in_pieces, key_hash=key_hash)
+        device = Device(cid, clean_metrics(properties), in_pieces)
+        device.address, device.key_hash = peer_address(context), key_hash
         try:
             check_cid(device.cid)
         except FederationError as error:
@@ -477,7 +493,9 @@ class Fleet(ClientManager):
                 await context.abort(grpc.StatusCode.ALREADY_EXISTS, reason)
             await asyncio.sleep(0.1)
         if self.gate:
-            await asyncio.to_thread(self.gate.note_seen, device.cid, context)
+            seen = [(device.cid, device.address)]
+            with contextlib.suppress(FederationError):  # the list may wait
+                await asyncio.to_thread(self.gate.admissions.note_seen, seen)
         # What it trained before its connection broke is not lost, if the round still goes on.
         round_id = properties.get(wire.ROUND_ID)
         if self._exchange and self._exchange.take_back(device, round_id):

@@ -151,13 +151,9 @@ class Gate:
         if keys.is_issued_by(certificate, self.authority.certificate):
             objection = await asyncio.to_thread(self.admissions.objection, cid, key_hash)
         if objection:
-            self._refuse(_address(context), objection)
+            self._refuse(peer_address(context), objection)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, objection)
         return cid, key_hash
-
-    def note_seen(self, cid: str, context: grpc.aio.ServicerContext) -> None:
-        """Note for the owner's list that a device is here."""
-        self.admissions.note_seen(cid, _address(context))
 
     def revoked(self, devices: Iterable[Any]) -> list[Any]:
         """Return those of the connected devices whose keys are not admitted any more."""
@@ -170,11 +166,11 @@ class Gate:
         The request travels in the call's metadata, of which gRPC takes 16 kB and no more: of
         somebody unknown no message is read.
         """
-        address = _address(context)
+        address = peer_address(context)
         with self._wait_for(address) as may_wait:
             if not may_wait:
                 self._refuse(address, "too many enrolments at a time")
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "too many enrol, try later")
+                await context.abort(grpc.StatusCode.ABORTED, "too many devices join at a time")
             try:
                 cid, token, csr = _read_request(context)
                 certificate = await asyncio.to_thread(
@@ -228,7 +224,7 @@ class Gate:
             asyncio.get_running_loop().call_later(TELL_SECONDS, self._tell_refused)
 
 
-def _address(context: grpc.aio.ServicerContext) -> str:
+def peer_address(context: grpc.aio.ServicerContext) -> str:
     """Return the peer's IP address, of gRPC's ipv4:192.168.1.7:40112 or ipv6:%5B::1%5D:40112."""
     host = unquote(context.peer()).partition(":")[2].rpartition(":")[0]
     return host.strip("[]").removeprefix("::ffff:")

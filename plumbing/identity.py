@@ -89,13 +89,17 @@ class Identity:
         self.path = path
         self.cid = cid
         self.token = token
-        if path.exists():
-            if token is None or self._mark(token) in path.read_bytes():
-                self.token = None
+        if path.exists() and (token is None or self._mark(token) in path.read_bytes()):
+            self.token = None
             self._load()
         # The key that it will have, kept until the answer is here: who asks again must have
         # the same.
         self.pending = path.with_suffix(".pending")
+
+    @property
+    def authority_hash(self) -> str:
+        """Of the authority that the server must be of."""
+        return self.token.authority_hash if self.token else keys.key_hash(self.authority)
 
     def prepare(self, server_address: str, seconds: float) -> None:
         """Get a certificate if there is none yet.
@@ -278,9 +282,8 @@ def explain(server_address: str, identity: Identity | None, seconds: float) -> s
                 "join with --join=TOKEN, as server.py prints it"
             )
         chain = shown_certificates(server_address, seconds)
-        authority_hash = keys.key_hash(identity.authority)
-        if authority_hash not in map(keys.key_hash, chain):
-            find_authority(server_address, authority_hash, seconds)
+        if identity.authority_hash not in map(keys.key_hash, chain):
+            find_authority(server_address, identity.authority_hash, seconds)
     except NoTLS as error:
         return "" if identity is None else f"{error}, or this client with --insecure"
     except NotYet:
