@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import importlib
+import os
 import re
 import subprocess
 import sys
@@ -81,6 +83,77 @@ def test_resnet18_has_62_arrays_and_no_running_statistics():
     assert len(weights) == 62
     assert 11.1e6 < sum(w.size for w in weights) < 11.3e6
     assert not list(net.buffers())
+
+
+def in_new_process(code: str, *arguments: str | Path, **environment: str) -> None:
+    """Run what depends on which modules are imported already."""
+    subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        check=True,
+        cwd=Path(utils.__file__).parent,
+        env=os.environ | environment,
+    )
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "utils.build_model('ResNet18')",
+        "utils.load_data(sys.argv[1], 'test')",
+        "utils.load_data(sys.argv[1] + '/nowhere', 'test', download=True)",
+    ],
+)
+def test_torchvision_does_not_import_the_compiler(tmp_path, use):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    in_new_process(
+        "import contextlib, sys, utils\n"
+        f"with contextlib.suppress(utils.TaskError): {use}\n"  # no CIFAR-10, no Internet
+        "assert 'torchvision' in sys.modules\n"
+        "assert not [name for name in sys.modules if name.startswith('torch._dynamo')]",
+        tmp_path,
+        https_proxy="http://127.0.0.1:1",
+    )
+
+
+def test_compiler_and_roi_align_work_after_resnet18():
+    in_new_process(
+        "import sys, torch, utils\n"
+        "net = utils.build_model('ResNet18').eval()\n"
+        "x = torch.randn(2, 3, 32, 32)\n"
+        "torch.testing.assert_close(torch.compile(net, backend='eager')(x), net(x))\n"
+        "import torch._dynamo.utils, torchvision\n"
+        "boxes = torch.tensor([[0.0, 2.0, 2.0, 10.0, 10.0]])\n"
+        "seven = torchvision.ops.roi_align(torch.full((1, 3, 16, 16), 7.0), boxes, 4)\n"
+        "assert torch.equal(seven, torch.full((1, 3, 4, 4), 7.0))\n"
+        "asked = sys.modules['torchvision.ops.roi_align'].is_compile_supported('cpu')\n"
+        "assert asked is torch._dynamo.utils.is_compile_supported('cpu')\n"
+        "assert torch._dynamo.utils.__file__"
+    )
+
+
+def test_whoever_uses_the_compiler_while_torchvision_is_imported_gets_it():
+    in_new_process(
+        "import torch, utils\n"
+        "with utils._compiler_on_demand():\n"
+        "    double = torch.compile(lambda x: x + x, backend='eager')\n"
+        "    assert double(torch.ones(1)) == 2\n"
+        "from torch._dynamo.utils import counters\n"
+        "assert counters['stats']['calls_captured']"
+    )
+
+
+def test_compiler_that_is_imported_already_stays():
+    before = importlib.import_module("torch._dynamo.utils")
+    utils.build_model("ResNet18")
+    assert sys.modules["torch._dynamo.utils"] is before
+
+
+def test_import_of_torchvision_that_fails_leaves_no_stand_in(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch._dynamo.utils", raising=False)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ImportError):
+        utils.build_model("ResNet18")
+    assert "torch._dynamo.utils" not in sys.modules
 
 
 def test_same_seed_gives_the_same_model_and_leaves_torch_random_alone():
@@ -296,13 +369,12 @@ def test_sgd_moves_parameters_of_two_kinds_and_leaves_frozen_ones():
 
 
 def test_training_does_not_import_the_compiler():
-    code = (
+    in_new_process(
         "import sys, utils\n"
         "data = utils.load_data('synthetic:64', 'train')\n"
         "utils.train(utils.build_model('Net'), utils.TrainLoader(data, 32))\n"
         "assert 'torch._dynamo' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(utils.__file__).parent)
 
 
 def by_hand(net: nn.Module, batches, lr: float, mu: float) -> nn.Module:
