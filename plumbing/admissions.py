@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plumbing.errors import FederationError
-from plumbing.keys import SECRET_BYTES, Token
+from plumbing.keys import DAY, SECRET_BYTES, Token, locked
 
 TOKEN_SECONDS = 24 * 3600.0
 TOKEN_USES = 10
@@ -37,6 +37,10 @@ class NotAdmitted(FederationError):
     """A device that may not take part; the message is for its owner."""
 
 
+class ListProblem(FederationError):
+    """The list cannot be used for now: the disk is full, say. No device is to blame."""
+
+
 @dataclass(frozen=True)
 class Admission:
     """A device that was admitted; times in seconds since 1970."""
@@ -54,18 +58,19 @@ class Admissions:
     """The list of a keys directory.
 
     Raises:
-        FederationError: the file cannot be used, from any method.
+        ListProblem: the file cannot be used, from any method.
     """
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "admissions.sqlite"
         try:
-            self.path.touch(mode=0o600)
-            with closing(sqlite3.connect(self.path, BUSY_SECONDS)) as db:
-                db.execute("PRAGMA journal_mode = WAL")  # readers and a writer at once
-                db.executescript(TABLES)
+            with locked(directory):
+                self.path.touch(mode=0o600)
+                with closing(sqlite3.connect(self.path, BUSY_SECONDS)) as db:
+                    db.execute("PRAGMA journal_mode = WAL")  # readers and a writer at once
+                    db.executescript(TABLES)
         except (OSError, sqlite3.Error) as error:
-            raise FederationError(f"cannot use '{self.path}': {error}") from None
+            raise ListProblem(f"cannot use '{self.path}': {error}") from None
 
     def make_token(
         self, authority_hash: str, uses: int = TOKEN_USES, seconds: float = TOKEN_SECONDS
@@ -73,7 +78,9 @@ class Admissions:
         """Open a token for so many devices and seconds."""
         token = Token(secrets.token_bytes(SECRET_BYTES), authority_hash)
         with self._open() as db:
-            db.execute("DELETE FROM tokens WHERE expires < ? OR uses_left < 1", [time.time()])
+            # Not those that were just used up: a device may have to ask a second time.
+            limit = time.time() - DAY.total_seconds()
+            db.execute("DELETE FROM tokens WHERE expires < ?", [limit])
             db.execute(
                 "INSERT INTO tokens VALUES (?, ?, ?)", [token.mark, time.time() + seconds, uses]
             )
@@ -182,7 +189,9 @@ class Admissions:
     def _open(self, kind: str = "IMMEDIATE", durable: bool = True) -> Iterator[sqlite3.Connection]:
         """Yield a connection within one transaction, by default one that writes."""
         try:
-            with closing(sqlite3.connect(self.path, BUSY_SECONDS, isolation_level=None)) as db:
+            # Not made anew if somebody removed it: an empty list would be a wrong one.
+            uri = f"{self.path.absolute().as_uri()}?mode=rw"
+            with closing(sqlite3.connect(uri, BUSY_SECONDS, isolation_level=None, uri=True)) as db:
                 # Who is told that it is admitted must be so after a power cut, too.
                 db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
                 db.execute(f"BEGIN {kind}")
@@ -193,4 +202,4 @@ class Admissions:
                     raise
                 db.execute("COMMIT")
         except sqlite3.Error as error:
-            raise FederationError(f"cannot use '{self.path}': {error}") from None
+            raise ListProblem(f"cannot use '{self.path}': {error}") from None

@@ -17,6 +17,8 @@ from plumbing.addresses import check_cid
 from plumbing.admissions import TOKEN_SECONDS, TOKEN_USES, Admissions
 from plumbing.errors import FederationError
 
+MOST = 1_000_000  # hours or uses of a token
+
 
 def main(argv: Sequence[str]) -> str | None:
     """Run the command; return an error for sys.exit, or None."""
@@ -57,9 +59,10 @@ def main(argv: Sequence[str]) -> str | None:
             print_devices(admissions)
             print(f"keys in {directory}, authority sha256:{authority.hash}")
         elif args.command == "token":
-            if args.hours <= 0 or args.uses < 1:
+            if not (0 < args.hours <= MOST and 1 <= args.uses <= MOST):
                 raise FederationError(
-                    f"--hours {args.hours} and --uses {args.uses} must be above 0"
+                    f"--hours {args.hours:g} and --uses {args.uses} must be above 0 and at most "
+                    f"{MOST:,}"
                 )
             print(admissions.make_token(authority.hash, args.uses, 3600 * args.hours))
         elif args.command == "revoke":
@@ -109,8 +112,13 @@ def admit_with_key_files(
             raise FederationError(f"'{path}' is there already; remove it or choose another --out")
         key = keys.new_key()
         certificate = authority.sign_device(cid, key.public_key())
-        admissions.admit(cid, keys.public_key_hash(key.public_key()), certificate)
+        # The file first: an admission without its key would only keep the cid.
         keys.write_private(path, keys.key_pem(key) + certificate + authority.pem)
+        try:
+            admissions.admit(cid, keys.public_key_hash(key.public_key()), certificate)
+        except FederationError:
+            path.unlink()
+            raise
         print(f"{path}: carry it to device {cid} and join there with --join=FILE; then delete it")
 
 

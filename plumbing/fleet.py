@@ -33,6 +33,7 @@ GREETING_SECONDS = 300.0  # to say what it is; a Pi may have to cut its partitio
 GOODBYE_SECONDS = 5.0
 PAUSE_SECONDS = 5  # then devices come back to a server that was interrupted
 HANDSHAKE_SECONDS = 10  # for a connection to speak HTTP/2
+IDLE_SECONDS = 60  # then a connection without a call is closed; a device's stream is one
 MAX_FAILURES = 3  # bad replies in a row; then a device is left out
 
 # How much of large models is in memory at a time; the devices take turns, those that send
@@ -48,8 +49,8 @@ OFFER_BYTES = 1 << 16  # more than a reply without weights takes
 # took 1.49 GB in its third round and still grew, with this 1.09 GB from the second on.
 M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 16
 
-NOTE_SECONDS = 30.0  # how often the owner's list learns who is here
 WATCH_SECONDS = 1.0  # how often the owner's list is looked at for devices that were revoked
+NOTE_EVERY = 30  # of these times it is told who is here
 
 LOST = "the connection broke"
 REVOKED = "it was revoked"
@@ -69,6 +70,7 @@ class Device:
     address: str = ""  # its IP address
     key_hash: str = ""  # of the key that it proved to have, at a secured server
     revoked: bool = False
+    noted: asyncio.Task | None = field(default=None, repr=False)  # that it is here
 
     @property
     def name(self) -> str:
@@ -215,6 +217,7 @@ class Fleet(ClientManager):
         self._streams: set[asyncio.Task] = set()
         self._exchange: _Exchange | None = None
         self._watch_task: asyncio.Task | None = None
+        self._noting: asyncio.Task | None = None
         piece_bytes = min(model_bytes, wire.PIECE_BYTES) or 1
         self._sending = asyncio.Semaphore(max(2, SENDING_BYTES // piece_bytes))
         self._sending_whole = asyncio.Semaphore(max(2, SENDING_BYTES // (model_bytes or 1)))
@@ -337,7 +340,8 @@ class Fleet(ClientManager):
                 ("grpc.http2.ping_timeout_ms", int(self.keepalive_seconds * 1800)),
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.http2.max_ping_strikes", 0),  # devices probe the connection as often
-                ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
+                ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1000)),
+                ("grpc.max_connection_idle_ms", int(IDLE_SECONDS * 1000)),
                 # What may come in unread on a connection. Left to gRPC it grows with the speed
                 # of the link: 1.3 MB more a device, and with 100 of ResNet18 1.01 GB, not 0.92.
                 ("grpc.http2.bdp_probe", 0),
@@ -382,27 +386,17 @@ class Fleet(ClientManager):
 
     async def _watch(self, gate: Gate) -> None:
         """Cut off devices that the owner revokes, also in the middle of a round."""
-        noted, told = 0.0, ""
-        while True:
+        for second in itertools.count(1):
             await asyncio.sleep(WATCH_SECONDS)
             connected = list(self.devices.values())
-            try:
-                revoked = await asyncio.to_thread(gate.revoked, connected)
-                if time.monotonic() > noted + NOTE_SECONDS:
-                    noted = time.monotonic()
-                    seen = [(d.cid, d.address) for d in connected if d.key_hash]
-                    await asyncio.to_thread(gate.admissions.note_seen, seen)
-            except FederationError as error:
-                if str(error) != told:
-                    told = str(error)
-                    self.refuse("to look for revoked devices", told)
-                continue
-            told = ""
-            for device in revoked:
+            if second % NOTE_EVERY == 0:
+                self._noting = asyncio.create_task(gate.note_seen(connected))
+            for device in await asyncio.to_thread(gate.revoked, connected):
+                if not device.revoked:
+                    self.refuse(device.name, REVOKED)
                 device.revoked = True
                 if device.exchange:
                     device.exchange.settle(Reply(device, None, REVOKED))
-                self.refuse(device.name, REVOKED)
                 if device.stream:
                     device.stream.cancel()
 
@@ -420,6 +414,8 @@ class Fleet(ClientManager):
         try:
             device = await self._greet(context)
             device.stream = stream
+            if self.gate:
+                device.noted = asyncio.create_task(self.gate.note_seen([device]))
             if self.closing:  # it came while the run ended
                 device.requests.put_nowait(_Request(wire.encode_goodbye()))
             try:
@@ -492,10 +488,6 @@ class Fleet(ClientManager):
                 self.refuse(device.name, reason)
                 await context.abort(grpc.StatusCode.ALREADY_EXISTS, reason)
             await asyncio.sleep(0.1)
-        if self.gate:
-            seen = [(device.cid, device.address)]
-            with contextlib.suppress(FederationError):  # the list may wait
-                await asyncio.to_thread(self.gate.admissions.note_seen, seen)
         # What it trained before its connection broke is not lost, if the round still goes on.
         round_id = properties.get(wire.ROUND_ID)
         if self._exchange and self._exchange.take_back(device, round_id):
@@ -652,12 +644,10 @@ class Fleet(ClientManager):
             device.requests.put_nowait(_Request(goodbye))
         # Those that are just joining are told when they have, too.
         streams = self._streams if run_is_over else {d.stream for d in told if d.stream}
-        deadline = self._loop.time() + GOODBYE_SECONDS
         if streams:
-            # A hung device's stream ends by itself at the deadline.
-            await asyncio.wait(streams, timeout=GOODBYE_SECONDS + 0.2 if run_is_over else 1)
-        # It waits for connections: not for long if none is left but that of a hung device.
-        await self._server.stop(max(0.0, deadline - self._loop.time()) if run_is_over else None)
+            await asyncio.wait(streams, timeout=GOODBYE_SECONDS if run_is_over else 1)
+        # Without calls it does not wait.
+        await self._server.stop(GOODBYE_SECONDS if run_is_over else None)
         # Python complains of tasks that did not come to their end.
         if rest := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(rest, timeout=1)

@@ -12,11 +12,13 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import re
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -27,24 +29,37 @@ from cryptography import x509
 
 from plumbing import keys
 from plumbing.addresses import check_cid, parse_address, resolve
-from plumbing.admissions import Admissions
+from plumbing.admissions import Admissions, ListProblem
 from plumbing.errors import FederationError
 
 ENROL_REQUEST = "enrolment-bin"
 WAITING = 64  # enrolments at a time
 WAITING_EACH = 8  # of them from one address; whoever comes on top is turned away
 PENALTY_SECONDS = 1.0  # so long the answer to a wrong token takes
+TRY_LATER = "the server cannot use its list of devices for now, try later"
 TELL_SECONDS = 10.0  # so often refusals are told, with their number
+TELL_LINES = 10  # at a time; the others are counted
+TELL_KINDS = 1000  # of refusals that are told apart between two times
 LOOK_SECONDS = 10.0  # so often the machine's addresses are looked at
 
 
 def local_names(server_address: str, more: Iterable[str] = ()) -> list[str]:
-    """Return what this machine may be called by devices: names and addresses."""
+    """Return what this machine may be called by devices: names and addresses.
+
+    Raises:
+        FederationError: one of `more` can be no name, or the server's address is unknown.
+    """
+    more = list(more)
+    for name in more:
+        if not re.fullmatch(r"[A-Za-z0-9.:_*-]{1,253}", name):
+            raise FederationError(
+                f"--names {name[:80]!a} is no host name or IP address; "
+                "say laptop.example,203.0.113.5"
+            )
     host, _ = parse_address(server_address)
     name = socket.gethostname()
-    names = ["localhost", name, f"{name}.local", *local_addresses(), *more]
-    if host not in ("0.0.0.0", "::"):
-        names += [host, *(address for address, _ in resolve(server_address))]
+    names = ["localhost", name, f"{name}.local", host, *local_addresses(), *more]
+    names += [address for address, _ in resolve(server_address)]
     return sorted({name for name in names if _can_be_certified(name)})
 
 
@@ -58,19 +73,18 @@ def local_addresses() -> list[str]:
 
 def public_address(server_address: str) -> str | None:
     """Return an address that the whole Internet may reach, if the server would listen at one."""
-    host, _ = parse_address(server_address)
     listening = [address for address, _ in resolve(server_address)]
-    if host in ("0.0.0.0", "::"):
-        listening = [a for a in local_addresses() if host == "::" or ":" not in a]
+    if everywhere := [a for a in listening if ipaddress.ip_address(a).is_unspecified]:
+        listening += [a for a in local_addresses() if ":" not in a or "::" in everywhere]
     return next((a for a in listening if ipaddress.ip_address(a).is_global), None)
 
 
 def _can_be_certified(name: str) -> bool:
     try:
-        keys.general_name(name)
+        value = keys.general_name(name).value
     except ValueError:  # not in ASCII
         return False
-    return True
+    return not getattr(value, "is_unspecified", False)  # 0.0.0.0 and ::
 
 
 class _ServerCertificate:
@@ -84,9 +98,9 @@ class _ServerCertificate:
         self.looked = 0.0
         self.lock = threading.Lock()  # gRPC asks in threads of its own
 
-    def make(self) -> grpc.ServerCertificateConfiguration:
+    def make(self, names: set[str]) -> grpc.ServerCertificateConfiguration:
         self.looked = time.monotonic()
-        self.certified = set(self.names())
+        self.certified = names
         key, certificate = self.authority.sign_server(sorted(self.certified))
         self.certificate = x509.load_pem_x509_certificate(certificate)
         return grpc.ssl_server_certificate_configuration(
@@ -101,9 +115,13 @@ class _ServerCertificate:
                 return None
             self.looked = time.monotonic()
             assert self.certificate
-            if set(self.names()) <= self.certified and not keys.is_due(self.certificate):
+            try:
+                names = set(self.names())
+            except FederationError:  # the network is away, and with it whoever knows our name
+                names = set()
+            if names <= self.certified and not keys.is_due(self.certificate):
                 return None
-            return self.make()
+            return self.make(names | self.certified)
 
 
 class Gate:
@@ -129,11 +147,16 @@ class Gate:
         self._waiting: Counter[str] = Counter()  # enrolments by address
         self._refused: Counter[tuple[str, str]] = Counter()  # not told yet, by address and reason
         self._telling = False
+        self._problem_told = -TELL_SECONDS
+        # Apart, so that devices get in while another program keeps the list from being written.
+        self._reads = ThreadPoolExecutor(4, "list-read")
+        self._writes = ThreadPoolExecutor(1, "list-write")
 
     def credentials(self, demand_key: bool = True) -> grpc.ServerCredentials:
         """Return TLS for a port; without `demand_key` for stock clients, which have none."""
         certificate = _ServerCertificate(self.authority, self.names)
-        return grpc.dynamic_ssl_server_credentials(certificate.make(), certificate, demand_key)
+        first = certificate.make(set(self.names()))
+        return grpc.dynamic_ssl_server_credentials(first, certificate, demand_key)
 
     async def check(self, context: grpc.aio.ServicerContext) -> tuple[str, str]:
         """Return the cid and key hash that the peer's certificate proves; hang up if it may not in.
@@ -149,15 +172,39 @@ class Gate:
         cid, key_hash = keys.common_name(certificate), keys.key_hash(certificate)
         objection: str | None = "its certificate is not of this authority"
         if keys.is_issued_by(certificate, self.authority.certificate):
-            objection = await asyncio.to_thread(self.admissions.objection, cid, key_hash)
+            try:
+                objection = await asyncio.get_running_loop().run_in_executor(
+                    self._reads, self.admissions.objection, cid, key_hash
+                )
+            except ListProblem as error:
+                self._tell_problem(error)
+                await context.abort(grpc.StatusCode.ABORTED, TRY_LATER)
         if objection:
             self._refuse(peer_address(context), objection)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, objection)
         return cid, key_hash
 
+    async def note_seen(self, devices: Iterable[Any]) -> None:
+        """Note for the owner's list which devices are here; if need be later, or not at all."""
+        seen = [(device.cid, device.address) for device in devices if device.key_hash]
+        try:
+            await asyncio.get_running_loop().run_in_executor(
+                self._writes, self.admissions.note_seen, seen
+            )
+        except ListProblem as error:
+            self._tell_problem(error)
+
     def revoked(self, devices: Iterable[Any]) -> list[Any]:
-        """Return those of the connected devices whose keys are not admitted any more."""
-        admitted = {(d.cid, d.key_hash) for d in self.admissions.all() if d.revoked is None}
+        """Return those of the devices whose keys are not admitted any more.
+
+        While the list cannot be read, its owner cannot revoke either: then only those that
+        were known to be revoked.
+        """
+        try:
+            admitted = {(d.cid, d.key_hash) for d in self.admissions.all() if d.revoked is None}
+        except ListProblem as error:
+            self._tell_problem(error)
+            return [d for d in devices if d.revoked]
         return [d for d in devices if d.key_hash and (d.cid, d.key_hash) not in admitted]
 
     async def enrol(self, _: Any, context: grpc.aio.ServicerContext) -> None:
@@ -170,16 +217,20 @@ class Gate:
         with self._wait_for(address) as may_wait:
             if not may_wait:
                 self._refuse(address, "too many enrolments at a time")
-                await context.abort(grpc.StatusCode.ABORTED, "too many devices join at a time")
+                await context.abort(grpc.StatusCode.ABORTED, "too many enrol at a time, try later")
             try:
                 cid, token, csr = _read_request(context)
-                certificate = await asyncio.to_thread(
+                certificate = await asyncio.get_running_loop().run_in_executor(
+                    self._writes,
                     self.admissions.admit_by_token,
                     cid,
                     keys.key_hash(csr),
                     keys.parse_token(token).mark,
                     lambda: self.authority.sign_device(cid, keys.p256_key(csr)),
                 )
+            except ListProblem as error:
+                self._tell_problem(error)
+                await context.abort(grpc.StatusCode.ABORTED, TRY_LATER)
             except FederationError as error:
                 self._refuse(address, str(error))
                 await asyncio.sleep(PENALTY_SECONDS)
@@ -199,29 +250,51 @@ class Gate:
     @contextlib.contextmanager
     def _wait_for(self, address: str) -> Iterator[bool]:
         """Take a place among those that enrol; False if there is none left."""
-        if self._waiting.total() >= WAITING or self._waiting[address] >= WAITING_EACH:
+        where = _neighbourhood(address)
+        if self._waiting.total() >= WAITING or self._waiting[where] >= WAITING_EACH:
             yield False
             return
-        self._waiting[address] += 1
+        self._waiting[where] += 1
         try:
             yield True
         finally:
-            self._waiting[address] -= 1
+            self._waiting[where] -= 1
             self._waiting = +self._waiting  # without those at 0
 
     def _refuse(self, address: str, reason: str) -> None:
         """Tell the owner, at once and then every TELL_SECONDS with the number."""
+        # The peer's own words may be in it.
+        reason = "".join(c if c.isprintable() else "?" for c in reason[:300])
+        if (address, reason) not in self._refused and len(self._refused) >= TELL_KINDS:
+            address, reason = "others", "as above"
         self._refused[address, reason] += 1
         if not self._telling:
             self._tell_refused()
 
     def _tell_refused(self) -> None:
         self._telling = bool(self._refused)
-        for (address, reason), times in self._refused.items():
+        for (address, reason), times in self._refused.most_common(TELL_LINES):
             self.tell(f"refused {address}{f' {times:,} times' if times > 1 else ''}: {reason}")
+            del self._refused[address, reason]
+        if self._refused:
+            self.tell(f"refused others {self._refused.total():,} times, for like reasons")
         self._refused.clear()
         if self._telling:
             asyncio.get_running_loop().call_later(TELL_SECONDS, self._tell_refused)
+
+    def _tell_problem(self, error: ListProblem) -> None:
+        """Tell the owner that the list cannot be used, every TELL_SECONDS at most."""
+        if time.monotonic() >= self._problem_told + TELL_SECONDS:
+            self._problem_told = time.monotonic()
+            self.tell(str(error))
+
+
+def _neighbourhood(address: str) -> str:
+    """Return what one peer can have addresses in: of IPv6 that is a whole network."""
+    try:
+        return str(ipaddress.IPv6Network((address.partition("%")[0], 64), strict=False))
+    except ValueError:
+        return address
 
 
 def peer_address(context: grpc.aio.ServicerContext) -> str:
@@ -244,7 +317,8 @@ def _read_request(
         cid, token, csr = (request[name] for name in ("cid", "token", "csr"))
         if not all(isinstance(value, str) for value in (cid, token, csr)):
             raise TypeError
+        data = csr.encode()
     except (KeyError, TypeError, ValueError, RecursionError):
         raise FederationError("this is no enrolment") from None
     check_cid(cid)
-    return cid, token, keys.read_signing_request(csr.encode())
+    return cid, token, keys.read_signing_request(data)

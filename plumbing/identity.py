@@ -10,11 +10,13 @@ import logging
 import socket
 import ssl
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import grpc
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from plumbing import keys
@@ -28,6 +30,8 @@ RENEW = "/plumbing.Fleet/Renew"
 ENROL_REQUEST = "enrolment-bin"  # a key of the call's metadata
 ANSWER_SECONDS = 20.0
 PROBE_SECONDS = 5.0
+RENEW_PAUSE_SECONDS = 600.0  # after a renewal that failed
+MARK = b"# by token "  # begins a line of a key file
 NO_PROXY = [("grpc.enable_http_proxy", 0)]  # a server on the local network is not behind one
 
 
@@ -44,8 +48,17 @@ def open_identity(directory: Path, cid: str, join: str | None) -> "Identity | No
     """
     path = directory.expanduser() / f"device-{cid}.pem"
     if join is None:
-        return Identity(path, cid) if path.exists() else None
+        try:
+            if not path.exists():
+                return None
+        except OSError as error:
+            raise FederationError(
+                f"cannot look for a key in '{path.parent}' ({error.strerror}); "
+                "name another directory by --keys"
+            ) from None
     keys.private_directory(directory)
+    if join is None:
+        return Identity(path, cid)
     text = _read_join(join)
     if "PRIVATE KEY" not in text:
         return Identity(path, cid, keys.parse_token(text))
@@ -64,11 +77,11 @@ def open_identity(directory: Path, cid: str, join: str | None) -> "Identity | No
 
 
 def _read_join(join: str) -> str:
-    if join == "-":
-        return sys.stdin.read().strip()
     if join.startswith(keys.TOKEN_PREFIX):
         return join
     try:
+        if join == "-":
+            return sys.stdin.read().strip()
         return Path(join).expanduser().read_text().strip()
     except (OSError, UnicodeError):
         raise FederationError(
@@ -89,17 +102,17 @@ class Identity:
         self.path = path
         self.cid = cid
         self.token = token
-        if path.exists() and (token is None or self._mark(token) in path.read_bytes()):
-            self.token = None
-            self._load()
+        self.mark = self._mark(token) if token else b""
+        self.renewal_failed = -RENEW_PAUSE_SECONDS
+        try:
+            if token is None or (path.exists() and self.mark in path.read_bytes()):
+                self.token = None
+                self._load()
+        except OSError as error:
+            raise FederationError(f"cannot read the key file '{path}': {error.strerror}") from None
         # The key that it will have, kept until the answer is here: who asks again must have
         # the same.
         self.pending = path.with_suffix(".pending")
-
-    @property
-    def authority_hash(self) -> str:
-        """Of the authority that the server must be of."""
-        return self.token.authority_hash if self.token else keys.key_hash(self.authority)
 
     def prepare(self, server_address: str, seconds: float) -> None:
         """Get a certificate if there is none yet.
@@ -120,9 +133,15 @@ class Identity:
             )
         if keys.now() > end:
             raise Refused(
-                f"the certificate of device {self.cid} ended on {end:%Y-%m-%d}; take its admission "
-                f"back (server.py devices revoke {self.cid}), and join anew with --join=TOKEN"
+                f"the certificate of device {self.cid} ended on {end:%Y-%m-%d}, and this device's "
+                f"clock says {keys.now():%Y-%m-%d}; if that is right, take its admission back "
+                f"(server.py devices revoke {self.cid}), and join anew with --join=TOKEN"
             )
+
+    @property
+    def authority_hash(self) -> str:
+        """What its server must show: see keys.key_hash."""
+        return self.token.authority_hash if self.token else keys.key_hash(self.authority)
 
     def channel(self, server_address: str, options: list[tuple[str, Any]]) -> grpc.Channel:
         """Return a channel on which both ends prove who they are."""
@@ -130,39 +149,53 @@ class Identity:
 
     def renew_if_due(self, server_address: str) -> None:
         """Get a new certificate for the same key when the old one nears its end."""
-        if not keys.is_due(self.certificate):
+        since = time.monotonic() - self.renewal_failed
+        if not keys.is_due(self.certificate) or since < RENEW_PAUSE_SECONDS:
             return
         try:
             with self.channel(server_address, NO_PROXY) as channel:
                 pem = _ask(channel, RENEW)
-            self._write(self.credentials[0], pem, keys.certificate_pem(self.authority))
+            self._write(self.mark + self.credentials[0], pem, keys.certificate_pem(self.authority))
             self._load()
             logger.info(
                 f"certificate renewed, until {self.certificate.not_valid_after_utc:%Y-%m-%d}"
             )
-        except grpc.RpcError as error:
-            logger.info(f"certificate not renewed yet ({error.details()})")
+        except (grpc.RpcError, FederationError) as error:
+            self.renewal_failed = time.monotonic()
+            reason = error.details() if isinstance(error, grpc.RpcError) else error
+            logger.info(f"certificate not renewed yet ({reason})")
 
     def _load(self) -> None:
         key, self.certificate, self.authority = keys.read_key_file(self.path)
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        self.mark = b"".join(line for line in lines if line.startswith(MARK))
         self.credentials = keys.key_pem(key), keys.certificate_pem(self.certificate)
 
     def _enrol(self, server_address: str, token: keys.Token, seconds: float) -> None:
         authority = find_authority(server_address, token.authority_hash, seconds)
-        mark = self._mark(token)
-        if not (self.pending.exists() and mark in self.pending.read_bytes()):
-            keys.write_private(self.pending, mark + keys.key_pem(keys.new_key()))
-        key = load_pem_private_key(self.pending.read_bytes(), None)
-        assert isinstance(key, keys.PrivateKey)
+        key = self._pending_key()
         csr = keys.signing_request(key, self.cid).decode()
         request = json.dumps({"cid": self.cid, "token": str(token), "csr": csr}).encode()
         with _channel(server_address, NO_PROXY, authority, keys.nobody()) as channel:
             pem = _ask(channel, ENROL, [(ENROL_REQUEST, request)])
-        self._write(mark + keys.key_pem(key), pem, keys.certificate_pem(authority))
+        self._write(self.mark + keys.key_pem(key), pem, keys.certificate_pem(authority))
         self.pending.unlink(missing_ok=True)
         self.token = None
         self._load()
         logger.info(f"admitted by {server_address} as device {self.cid}")
+
+    def _pending_key(self) -> keys.PrivateKey:
+        """Return the key to ask with: the one of the last time, or a new one, kept."""
+        try:
+            data = self.pending.read_bytes()
+            key = load_pem_private_key(data, None)
+            if self.mark in data and isinstance(key, keys.PrivateKey):
+                return key
+        except (OSError, ValueError):  # there is none, or nothing to be read
+            pass
+        key = keys.new_key()
+        keys.write_private(self.pending, self.mark + keys.key_pem(key))
+        return key
 
     def _write(self, key: bytes, certificate: bytes, authority: bytes) -> None:
         try:
@@ -176,7 +209,7 @@ class Identity:
     @staticmethod
     def _mark(token: keys.Token) -> bytes:
         """Return a line of a key file that tells which token brought it; PEM has comments."""
-        return f"# by token {token.mark}\n".encode()
+        return MARK + f"{token.mark}\n".encode()
 
 
 def _channel(
@@ -217,16 +250,18 @@ def shown_certificates(server_address: str, seconds: float) -> list[x509.Certifi
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
     try:
-        address = resolve(server_address)[0]
         with (
-            socket.create_connection(
-                address, timeout=max(0.5, min(seconds, PROBE_SECONDS))
-            ) as plain,
+            _connected(server_address, max(0.5, min(seconds, PROBE_SECONDS))) as plain,
             context.wrap_socket(plain) as tls,
         ):
             # Public from Python 3.13 on, the same before.
             has_it: Any = tls if hasattr(tls, "get_unverified_chain") else getattr(tls, "_sslobj")  # noqa: B009
-            return [_certificate(shown) for shown in has_it.get_unverified_chain()]
+            chain = [_certificate(shown) for shown in has_it.get_unverified_chain()]
+            for certificate in chain:
+                keys.key_hash(certificate)  # of a key that can be read
+            return chain
+    except (UnsupportedAlgorithm, ValueError):
+        raise NoTLS("what listens there shows a certificate that cannot be read") from None
     except TimeoutError:
         raise NotYet("no answer") from None
     except ssl.SSLError:
@@ -237,6 +272,18 @@ def shown_certificates(server_address: str, seconds: float) -> list[x509.Certifi
                 "what listens there hangs up on TLS; start server.py with --secure"
             ) from None
         raise NotYet((error.strerror or str(error)).lower()) from None
+
+
+def _connected(server_address: str, seconds: float) -> socket.socket:
+    """Return a connection to the first address that takes one, as gRPC does."""
+    addresses = resolve(server_address)
+    for i, address in enumerate(addresses):
+        try:
+            return socket.create_connection(address, timeout=seconds)
+        except OSError:
+            if i == len(addresses) - 1:
+                raise
+    raise AssertionError("resolve returns addresses or raises")
 
 
 def _certificate(shown: Any) -> x509.Certificate:
@@ -257,7 +304,14 @@ def find_authority(server_address: str, authority_hash: str, seconds: float) -> 
         Refused: the server there is of another authority.
         NotYet: as shown_certificates.
     """
-    chain = shown_certificates(server_address, seconds)
+    return _pick_authority(
+        shown_certificates(server_address, seconds), server_address, authority_hash
+    )
+
+
+def _pick_authority(
+    chain: list[x509.Certificate], server_address: str, authority_hash: str
+) -> x509.Certificate:
     for certificate in chain:
         if keys.key_hash(certificate) == authority_hash:
             return certificate
@@ -282,16 +336,16 @@ def explain(server_address: str, identity: Identity | None, seconds: float) -> s
                 "join with --join=TOKEN, as server.py prints it"
             )
         chain = shown_certificates(server_address, seconds)
-        if identity.authority_hash not in map(keys.key_hash, chain):
-            find_authority(server_address, identity.authority_hash, seconds)
+        _pick_authority(chain, server_address, identity.authority_hash)
     except NoTLS as error:
         return "" if identity is None else f"{error}, or this client with --insecure"
     except NotYet:
         return ""
     host, _ = parse_address(server_address)
-    with contextlib.suppress(x509.ExtensionNotFound):
+    with contextlib.suppress(x509.ExtensionNotFound, ValueError):
         names = chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        if keys.general_name(host.lower()) not in names:
+        typed = str(keys.general_name(host).value)
+        if typed.lower() not in (str(name.value).lower() for name in names):
             raise Refused(
                 f"the server's certificate is not for {host} but for "
                 f"{', '.join(str(name.value) for name in names)}; start server.py with "

@@ -13,7 +13,9 @@ All keys are ECDSA on P-256: every TLS library knows them, and a Pi signs in abo
 
 import base64
 import binascii
+import contextlib
 import datetime
+import fcntl
 import hashlib
 import ipaddress
 import os
@@ -21,7 +23,7 @@ import re
 import secrets
 import stat
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -87,16 +89,34 @@ def private_directory(path: Path) -> Path:
 
 def write_private(path: Path, data: bytes) -> None:
     """Write a file that only its owner can read, as a whole or not at all."""
-    part = path.with_name(path.name + ".part")
+    # A name of its own: a second program may write the same file at this instant.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        part.unlink(missing_ok=True)
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # or its new name is lost when the power is cut
+        finally:
+            os.close(directory)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise FederationError(f"cannot write '{path}': {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Be the only program that sets up what is in a directory; the system ends it with us."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 # --- Keys and certificates ---
@@ -150,9 +170,9 @@ def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> 
 
 
 def is_due(certificate: x509.Certificate) -> bool:
-    """Return whether two thirds of its life are over, so that a new one is due."""
+    """Return whether two thirds of its life are over, or it has yet to begin: a new one is due."""
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    return now() > begin + (end - begin) * 2 / 3
+    return not begin <= now() <= begin + (end - begin) * 2 / 3
 
 
 def now() -> datetime.datetime:
@@ -246,23 +266,28 @@ class Authority:
 
     Args:
         directory: a private directory; the authority in it, or a new one, is used.
+
+    Raises:
+        FederationError: the directory or what is in it cannot be used.
     """
 
     def __init__(self, directory: Path) -> None:
         path = private_directory(directory) / "authority.pem"
-        if not path.exists():
-            key = new_key()
-            name = _name(f"flower-embedded {secrets.token_hex(4)}")
-            builder = _builder(
-                name, name, key.public_key(), now() - CLOCK_SLACK, now() + AUTHORITY_LIFE, None
-            )
-            certificate = builder.serial_number(x509.random_serial_number()).sign(key, SHA256())
-            write_private(path, key_pem(key) + certificate_pem(certificate))
-        self.key, self.certificate, _ = read_key_file(path)
         # For stock Flower clients and other programs, which need this half alone.
         public = path.with_name("authority.crt")
-        if not public.exists():
-            write_private(public, self.pem)
+        with locked(path.parent):
+            if not path.exists():
+                write_private(path, b"".join(self._make()))
+            self.key, self.certificate = read_authority(path)
+            if not public.exists() or public.read_bytes() != self.pem:
+                write_private(public, self.pem)
+        begin, end = self.certificate.not_valid_before_utc, self.certificate.not_valid_after_utc
+        if not begin <= now() <= end:
+            raise FederationError(
+                f"this machine's clock says {now():%Y-%m-%d %H:%M} UTC, the authority in '{path}' "
+                f"is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}; set the clock, or move the "
+                "directory away and let all devices join anew"
+            )
 
     @property
     def pem(self) -> bytes:
@@ -271,6 +296,16 @@ class Authority:
     @property
     def hash(self) -> str:
         return key_hash(self.certificate)
+
+    @staticmethod
+    def _make() -> tuple[bytes, bytes]:
+        key = new_key()
+        name = _name(f"flower-embedded {secrets.token_hex(4)}")
+        builder = _builder(
+            name, name, key.public_key(), now() - CLOCK_SLACK, now() + AUTHORITY_LIFE, None
+        )
+        certificate = builder.serial_number(x509.random_serial_number()).sign(key, SHA256())
+        return key_pem(key), certificate_pem(certificate)
 
     def sign_server(self, names: Iterable[str]) -> tuple[bytes, bytes]:
         """Return a new key, and a certificate for such host names and IP addresses, in PEM."""
@@ -324,6 +359,24 @@ def read_key_file(path: Path) -> tuple[PrivateKey, x509.Certificate, x509.Certif
         raise FederationError(
             f"the key file '{path}' is damaged ({error}); remove it, and join anew"
         ) from None
+
+
+def read_authority(path: Path) -> tuple[PrivateKey, x509.Certificate]:
+    """Return an authority's key and certificate.
+
+    Raises:
+        FederationError: as read_key_file, in words for the owner.
+    """
+    try:
+        key, certificate, _ = parse_key_file(path.read_bytes())
+    except OSError as error:
+        raise FederationError(f"cannot read the authority '{path}': {error.strerror}") from None
+    except ValueError as error:
+        raise FederationError(
+            f"the authority '{path}' is damaged ({error}); put it back from a copy, or move the "
+            "directory away and let all devices join anew"
+        ) from None
+    return key, certificate
 
 
 def parse_key_file(data: bytes) -> tuple[PrivateKey, x509.Certificate, x509.Certificate]:
@@ -381,7 +434,7 @@ def parse_token(text: str) -> Token:
         data = base64.b64decode(text.removeprefix(TOKEN_PREFIX) + "==", b"-_", validate=True)
     except binascii.Error:
         raise FederationError(problem) from None
-    data, checksum = data[:-4], data[-4:]
-    if len(data) != SECRET_BYTES + 32 or zlib.crc32(data).to_bytes(4) != checksum:
+    token = Token(data[:SECRET_BYTES], data[SECRET_BYTES:-4].hex())
+    if len(data) != SECRET_BYTES + 32 + 4 or str(token) != text:  # its checksum, too
         raise FederationError(f"{problem}; a character of it is wrong or missing")
-    return Token(data[:SECRET_BYTES], data[SECRET_BYTES:].hex())
+    return token

@@ -334,6 +334,8 @@ def _plain_words(error: grpc.RpcError) -> str:
         return "the server stopped"
     if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
         return f"its reply is too large: {details.removeprefix('SERVER: ')}"
+    if error.code() == grpc.StatusCode.ABORTED:  # our server's own words
+        return details
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
         return "no answer"
     if "timed out" in details.lower() or "timeout" in details.lower():

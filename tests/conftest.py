@@ -1,5 +1,7 @@
 """Real servers and clients in processes of their own, on tiny synthetic data."""
 
+import plumbing  # isort: skip # noqa: F401 # first: it sets what gRPC reads when it is imported
+
 import os
 import queue
 import re
