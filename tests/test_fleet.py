@@ -334,9 +334,9 @@ def test_strategies_from_the_weighted_mean_equal_flowers_own_on_all_replies():
     counts = [10, 20, 30, 40]
 
     class StubFleet:
-        gate = None
-
         """Stands in for devices: hands the updates over, in an order of its own."""
+
+        gate = None
 
         def __init__(self):
             self.devices = [Device(str(i), {}) for i in range(4)]

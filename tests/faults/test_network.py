@@ -201,7 +201,7 @@ def test_attempts_to_connect_are_never_more_than_30_s_apart(monkeypatch):
         nonlocal now
         now += seconds
 
-    def serve_once(address, worker, on_state, seconds):
+    def serve_once(address, worker, on_state, seconds, identity):
         attempts.append(now)
         sleep(min(seconds, transport.HELLO_SECONDS, len(attempts) % 12))
         return transport._Outcome(reason="no answer")

@@ -433,6 +433,8 @@ def mutate(message: bytes) -> st.SearchStrategy[bytes]:
 class Handed:
     """Stands in for the fleet: hands over what is given, with one good reply among it."""
 
+    gate = None
+
     def __init__(self, replies: list[Reply]) -> None:
         self.avoided: set[str] = set()
         self.replies = [*replies, Reply(Device("good", {}), GOOD)]

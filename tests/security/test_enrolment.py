@@ -183,7 +183,7 @@ def test_replayed_enrolment_gives_nothing_new(fleet):
 
     pair = (keys.key_pem(key), first)
     assert hello(fleet, pair) == "ok"
-    fleet.gate.admissions.note_seen("0", "127.0.0.1")
+    fleet.gate.admissions.note_seen([("0", "127.0.0.1")])
     with channel(fleet) as opened:  # from then on not even that
         assert "a device 0 is admitted already" in refusal(opened, request)
     fleet.gate.admissions.revoke("0")
@@ -394,7 +394,7 @@ def test_guesses_are_slowed_down_told_in_few_lines_and_leave_nothing(
     # By a mark in the call instead of by the address: all peers here are 127.0.0.1.
     monkeypatch.setattr(
         gate_module,
-        "_address",
+        "peer_address",
         lambda context: (
             "203.0.113.9"
             if ("x-guesser", "1") in tuple(map(tuple, context.invocation_metadata() or ()))
