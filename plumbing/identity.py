@@ -5,8 +5,10 @@ the server's authority. The key is made here and never leaves.
 """
 
 import contextlib
+import getpass
 import json
 import logging
+import os
 import socket
 import ssl
 import sys
@@ -53,8 +55,8 @@ def open_identity(directory: Path, cid: str, join: str | None) -> "Identity | No
                 return None
         except OSError as error:
             raise FederationError(
-                f"cannot look for a key in '{path.parent}' ({error.strerror}); "
-                "name another directory by --keys"
+                f"user {os.getuid()} may not look for its key in '{path.parent}' "
+                f"({error.strerror}); say --insecure if it has none"
             ) from None
     keys.private_directory(directory)
     if join is None:
@@ -77,13 +79,16 @@ def open_identity(directory: Path, cid: str, join: str | None) -> "Identity | No
 
 
 def _read_join(join: str) -> str:
+    """Return the token or the key file that --join stands for."""
     if join.startswith(keys.TOKEN_PREFIX):
         return join
     try:
+        if join == "-" and sys.stdin.isatty():
+            return getpass.getpass("token (not shown): ").strip()
         if join == "-":
             return sys.stdin.read().strip()
         return Path(join).expanduser().read_text().strip()
-    except (OSError, UnicodeError):
+    except (OSError, EOFError, UnicodeError):
         raise FederationError(
             "--join is neither a token (join1_…, as server.py prints it) nor a file that can be "
             "read; - reads standard input"
