@@ -3,13 +3,15 @@
 #
 #   ./run_local.sh                                  two clients, three rounds, Net
 #   ./run_local.sh --rounds 5 --model ResNet18      arguments go to server.py
+#   ./run_local.sh --secure                         with TLS, and keys for this run alone
 #
 # As many clients as --min_num_clients says. CIFAR-10 from --data_dir (default: data/),
-# downloaded if it is not there; without Internet synthetic images, named as such.
+# downloaded if it is not there; without Internet synthetic images, named as such. With
+# --secure --keys DIR all keys stay in DIR, the clients' beside the server's.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-pipes=$(mktemp -d)
+scratch=$(mktemp -d) # for its owner alone
 pids=()
 
 # Whatever ends this script ends the others: politely first, then for good.
@@ -24,7 +26,7 @@ stop_all() {
   # shellcheck disable=SC2046 # one process number a word
   kill -KILL $(jobs -rp) 2>/dev/null || true
   wait 2>/dev/null || true
-  rm -rf "$pipes"
+  rm -rf "$scratch"
 }
 trap stop_all EXIT
 trap 'exit 129' HUP
@@ -49,6 +51,9 @@ clients=$(option min_num_clients 2 "$@")
 model=$(option model Net "$@")
 data_dir=$(option data_dir "$root/data" "$@")
 address=$(option server_address "" "$@")
+keys=$(option keys "$scratch/keys" "$@")
+[[ $keys != \~/* ]] || keys=$HOME/${keys:2}
+secure=''
 if [[ ! $clients =~ ^[1-9][0-9]*$ ]]; then
   echo "run_local.sh: --min_num_clients $clients is no number of clients; say 1 or more" >&2
   exit 1
@@ -56,17 +61,20 @@ fi
 
 python=$("$root/plumbing/venv.sh" requirements.txt)
 for argument in "$@"; do
-  case $argument in -h | --help) "$python" "$root/server.py" --help && exit ;; esac
+  case $argument in
+    -h | --help) "$python" "$root/server.py" --help && exit ;;
+    --secure) secure=yes ;;
+  esac
 done
 
 if [[ $data_dir != synthetic* && ! -d $data_dir/train && ! -d $data_dir/cifar-10-batches-py ]]; then
   echo "fetching CIFAR-10 into $data_dir (170 MB, once)"
   code=0
-  "$python" "$root/utils.py" --data_dir "$data_dir" >"$pipes/out" 2>&1 &
+  "$python" "$root/utils.py" --data_dir "$data_dir" >"$scratch/out" 2>&1 &
   pids=($!)
   wait "${pids[0]}" || code=$?
   pids=()
-  problem=$(tail -n 1 "$pipes/out")
+  problem=$(tail -n 1 "$scratch/out")
   if ((code == 3)); then
     echo "${problem#utils.py: }; going on with synthetic images"
     data_dir=synthetic
@@ -85,17 +93,29 @@ threads=$((cores > clients ? cores / clients : 1))
 start() {
   local name=$1
   shift
-  mkfifo "$pipes/$name"
-  while IFS= read -r line; do printf '%-8s | %s\n' "$name" "$line"; done <"$pipes/$name" &
-  "$@" >"$pipes/$name" 2>&1 &
+  mkfifo "$scratch/$name"
+  while IFS= read -r line; do printf '%-8s | %s\n' "$name" "$line"; done <"$scratch/$name" &
+  "$@" >"$scratch/$name" 2>&1 &
   pids+=($!)
 }
 
+server=("$@" --server_address "$address" --data_dir "$data_dir")
+if [[ -n $secure ]]; then
+  server+=(--keys "$keys")
+  (umask 077 && "$python" "$root/server.py" devices token --keys "$keys" --uses "$clients" >"$scratch/token")
+fi
+
 export PYTHONUNBUFFERED=1
-start server "$python" "$root/server.py" "$@" --server_address "$address" --data_dir "$data_dir"
+start server "$python" "$root/server.py" "${server[@]}"
 for ((cid = 0; cid < clients; cid++)); do
-  start "client $cid" "$python" "$root/client.py" --server_address "$address" --cid "$cid" \
-    --model "$model" --data_dir "$data_dir" --threads "$threads"
+  client=(--server_address "$address" --cid "$cid" --model "$model" --data_dir "$data_dir" --threads "$threads")
+  if [[ -z $secure ]]; then
+    client+=(--insecure) # or it would use a key that this machine has for another server
+  else
+    client+=(--keys "$keys/client-$cid")
+    [[ -e $keys/client-$cid/device-$cid.pem ]] || client+=(--join "$scratch/token")
+  fi
+  start "client $cid" "$python" "$root/client.py" "${client[@]}"
 done
 
 while kill -0 "${pids[0]}" 2>/dev/null; do
