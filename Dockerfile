@@ -11,9 +11,12 @@ LABEL org.opencontainers.image.title="flower-embedded" \
 
 # --non-unique: Ubuntu, under the Jetson bases, has given 1000 to a user of its own.
 # video (44 on Debian and Ubuntu alike) may open a Jetson's GPU.
+# A volume mounted at one of these directories gets its owner and mode when it is new.
 RUN useradd --non-unique --uid 1000 --groups video --create-home client \
- && install --directory --owner=client --group=client /data
+ && install --directory --owner=client --group=client /data \
+ && install --directory --owner=client --group=client --mode=700 /keys
 ENV DATA_DIR=/data \
+    KEYS_DIR=/keys \
     CLIENT_STATUS_FILE=/tmp/client-status
 
 # --chown: sources that only their owner may read on the host must be read in here, too.

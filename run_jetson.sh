@@ -10,7 +10,6 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 example="./run_jetson.sh --server_address=192.168.1.10:8080 --cid=1 --model=Net"
-original=("$@")
 image=flower-embedded:gpu
 base=flower-embedded-base:gpu
 board_root=${BOARD_ROOT-} # tests put a recorded board here
@@ -32,10 +31,16 @@ Builds the client's image if needed and runs client.py in it. Ctrl-C ends it.
   --threads N                processor threads (default: one a core)
   --max_wait_seconds S       give up after S s without server (default: never)
   --stay                     when the run is over, wait for the next; with --detach it does anyway
+  --join TOKEN|FILE|-        join a server with --secure, once: what server.py prints, or a file
+                             with it or with a key of server.py devices admit, or standard
+                             input (-), which no list of processes shows
+  --join_only                join, and end
+  --insecure                 an open server, although there is a key
 
 Environment:
   BASE_IMAGE                 pull this base image instead of building one
   DATA_VOLUME                volume or directory for downloaded data (default: flower-data)
+  KEYS_VOLUME                volume or directory for the device's key (default: flower-keys)
   DOCKER_BUILD_OPTIONS       further words for docker build
   DOCKER_RUN_OPTIONS         further words for docker run
 END
@@ -50,8 +55,13 @@ warn() {
   echo "run_jetson.sh: warning: $*" >&2
 }
 
-# Arguments: all go on to client.py, --data_dir as an absolute path; --detach stays here.
+# Arguments: all go on to client.py, --data_dir as an absolute path; --detach and --join stay
+# here. What may hold a token is left out of a trace (bash -x).
+traced=${-//[!x]/}
+set +x
+original=("$@")
 server_address='' cid='' model=Net data_dir='' device=auto detach='' arguments=()
+joins='' join='' join_only='' insecure=''
 while (($#)); do
   name=$1 value='' words=1
   case $1 in
@@ -65,6 +75,14 @@ while (($#)); do
     __cid) cid=$value ;;
     __model) model=$value ;;
     __device) device=$value ;;
+    __insecure) insecure=yes ;;
+    __join)
+      [[ -n $value ]] || die "--join lacks a token, a file or -; server.py --secure prints a token"
+      joins=yes join=$value
+      shift "$words" && continue
+      ;;
+    __join_only) join_only=yes && shift && continue ;;
+    __keys) die "--keys: in its container the key is in the volume flower-keys; KEYS_VOLUME names another" ;;
     __data_dir)
       data_dir=$value
       if [[ $data_dir != synthetic* ]]; then
@@ -74,9 +92,11 @@ while (($#)); do
       fi
       ;;
   esac
+  [[ " ${*:1:words}" != *[=\ ]join1_* ]] || die "a token goes after --join="
   arguments+=("${@:1:words}")
   shift "$words"
 done
+[[ -z $traced ]] || set -x
 [[ -n $server_address ]] || die "--server_address is missing; say for example: $example"
 [[ -n $cid ]] || die "--cid is missing, this device's own number or name; say for example: $example"
 [[ $cid =~ ^[A-Za-z0-9._-]{1,64}$ ]] ||
@@ -84,6 +104,14 @@ done
 [[ $server_address =~ ^(\[([0-9A-Fa-f:.]+[^][:space:]/]*)\]|([^][:space:]/:]+)):([0-9]+)$ ]] ||
   die "server address '$server_address' is not HOST:PORT; say 192.168.1.10:8080 or laptop.local:8080"
 host=${BASH_REMATCH[2]}${BASH_REMATCH[3]} port=${BASH_REMATCH[4]}
+[[ -z $joins || -z $insecure ]] || die "--join is for a server with --secure; leave out --insecure"
+[[ -z $join_only || -n $joins ]] || die "--join_only without --join"
+keys=${KEYS_VOLUME:-flower-keys}
+if [[ $keys == */* ]]; then
+  (umask 077 && mkdir -p -- "$keys")
+  [[ $(stat -c '%u %a' -- "$keys") =~ ^1000\ [0-7]?700$ ]] ||
+    die "KEYS_VOLUME '$keys' must belong to user 1000, whom the client runs as, and be closed to others; sudo chown 1000 '$keys' && sudo chmod 700 '$keys'"
+fi
 read -ra build_options <<<"${DOCKER_BUILD_OPTIONS-}"
 read -ra run_options <<<"${DOCKER_RUN_OPTIONS-}"
 
@@ -104,6 +132,7 @@ fi
 cpu() {
   [[ $device != cuda ]] || die "--device cuda: $1; leave --device out to train on the CPU"
   echo "run_jetson.sh: $1; training on the CPU" >&2
+  set +x # a token may be among them
   exec "$root/run_pi.sh" "${original[@]}"
 }
 major=${l4t%.*} minor=${l4t#*.}
@@ -169,6 +198,27 @@ elif ! timeout 3 bash -c '</dev/tcp/"$0"/"$1"' "$host" "$port" 2>/dev/null; then
   warn "no answer from $server_address yet; the client will wait (is server.py running there, is the port open in its firewall?)"
 fi
 
+# What the device joins with: asked for here, before images are built.
+secret=''
+read_secret() {
+  local - && set +x
+  local file=$join
+  [[ $file != \~/* ]] || file=$HOME/${file:2}
+  if [[ $join == - && -t 0 ]]; then
+    read -rsp "token (not shown): " secret || true
+    echo >&2
+  elif [[ $join == - ]]; then
+    secret=$(cat)
+  elif [[ $join == join1_* ]]; then
+    secret=$join
+  elif [[ -f $file && -r $file ]]; then
+    secret=$(<"$file")
+  fi
+  [[ $secret == *join1_* || $secret == *"PRIVATE KEY"* ]] ||
+    die "--join is neither a token (join1_…, as server.py prints it) nor a file with one or with a key; - reads standard input"
+}
+[[ -z $joins ]] || read_secret
+
 # The base image: pulled, or built where its files have changed since.
 files=$(cd "$root/base_images" && find . ./gpu -maxdepth 1 -type f ! -name '*.md' -exec sha256sum {} + | LC_ALL=C sort)
 checksum=$(sha256sum <<<"$nvidia_image $files") checksum=${checksum:0:16}
@@ -202,9 +252,8 @@ if ! problem=$(docker build --quiet --tag "$image" --build-arg BASE_IMAGE_TYPE=g
 fi
 
 # The container.
-container=flower-client-$cid
 options=(
-  --name "$container" --init
+  --init
   --log-driver json-file --log-opt max-size=10m --log-opt max-file=3
   --cap-drop ALL --security-opt no-new-privileges
   --runtime nvidia --shm-size "$((ram / 4 < 8192 ? ram / 4 : 8192))m"
@@ -215,8 +264,34 @@ done
 if [[ -r $board_root/proc/device-tree/model ]]; then # hidden inside a container
   options+=(--env "DEVICE_MODEL=$(tr -d '\0' <"$board_root/proc/device-tree/model")")
 fi
+if [[ $keys == */* ]]; then
+  quoted=$(realpath --no-symlinks -- "$keys") quoted=${quoted//\"/\"\"} # --mount is a line of CSV
+  options+=(--mount "type=bind,\"source=$quoted\",target=/keys")
+else
+  options+=(--mount "type=volume,source=$keys,target=/keys")
+fi
+if [[ $host == *.local ]]; then # multicast DNS works out here, not in a container
+  if found=$(getent ahostsv4 "$host"); then
+    options+=(--add-host "$host:${found%% *}")
+  else
+    warn "cannot find $host from here; take the IP address that server.py prints"
+  fi
+fi
+
+# Joining is another container's work, which gets the secret by its standard input: the
+# arguments of the one that stays can be looked up for as long as it is there.
+join() {
+  local - && set +x
+  printf '%s\n' "$secret" |
+    docker run --name "flower-join-$cid" "${options[@]}" "${run_options[@]}" \
+      --restart no --rm --interactive "$image" "${arguments[@]}" --join=- --join_only
+}
+[[ -z $joins ]] || join || exit
+[[ -z $join_only ]] || exit 0
+
+container=flower-client-$cid
 if [[ -n $data_dir && $data_dir != synthetic* ]]; then
-  quoted=${data_dir//\"/\"\"} # --mount is a line of CSV
+  quoted=${data_dir//\"/\"\"}
   options+=(--mount "type=bind,\"source=$quoted\",\"target=$quoted\",readonly")
 elif [[ ${DATA_VOLUME-} == */* ]]; then
   mkdir -p -- "$DATA_VOLUME"
@@ -226,13 +301,6 @@ elif [[ ${DATA_VOLUME-} == */* ]]; then
     warn "the client is user 1000 in its container and may not write to '$DATA_VOLUME'; sudo chown 1000 '$DATA_VOLUME'"
 else
   options+=(--mount "type=volume,source=${DATA_VOLUME:-flower-data},target=/data")
-fi
-if [[ $host == *.local ]]; then # multicast DNS works out here, not in a container
-  if found=$(getent ahostsv4 "$host"); then
-    options+=(--add-host "$host:${found%% *}")
-  else
-    warn "cannot find $host from here; take the IP address that server.py prints"
-  fi
 fi
 if state=$(docker container inspect --format '{{.State.Status}}' "$container" 2>/dev/null); then
   echo "replacing the container $container ($state)"
@@ -248,4 +316,4 @@ else
   options+=(--rm)
   if [[ -t 0 && -t 1 ]]; then options+=(--interactive --tty); fi
 fi
-exec docker run "${options[@]}" "${run_options[@]}" "$image" "${arguments[@]}"
+exec docker run --name "$container" "${options[@]}" "${run_options[@]}" "$image" "${arguments[@]}"
