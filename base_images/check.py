@@ -6,6 +6,7 @@ not root.
 
 import sys
 
+import cryptography.x509
 import flwr
 import flwr.client
 import flwr.common.serde
@@ -33,4 +34,7 @@ torch.nn.functional.cross_entropy(net(images), torch.zeros(4, dtype=torch.int64)
 optimizer.step()
 if not all(parameter.isfinite().all() for parameter in net.parameters()):
     sys.exit("a training step leaves weights that are not finite")
-print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, flwr {flwr.__version__}")
+print(
+    f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
+    f"flwr {flwr.__version__}, cryptography {cryptography.__version__}"
+)

@@ -31,7 +31,7 @@ def test_versions_are_those_of_the_server():
         assert server.get(package, version) == version, package
     # The others are what pip chose for the server, of which the tests have run.
     assert {"torch", "torchvision", "numpy", "pillow"} <= CPU.keys() & server.keys()
-    assert {"flwr", "grpcio", "protobuf"} <= FLOWER.keys() & server.keys()
+    assert {"flwr", "grpcio", "protobuf", "cryptography"} <= FLOWER.keys() & server.keys()
 
 
 def test_gpu_image_leaves_torch_alone():
