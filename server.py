@@ -291,6 +291,7 @@ def run_round(
     if fleet.gate and (revoked := fleet.gate.revoked(counted)):
         # Its update is in the sum already: what the others sent is asked for again.
         for device in revoked:
+            device.revoked = True  # not to be asked again, should it be connected still
             say(f"round {server_round}: dropped {device.name}: {REVOKED}")
             dropped.append({"name": device.name, "reason": REVOKED})
         return None, {"sampled": len(requests), "devices": [], "dropped": dropped}
@@ -404,7 +405,7 @@ def wait_for_devices(fleet: Fleet, rules: Rules) -> None:
     said = ""
     with fleet.changed:
         while True:
-            connected = list(fleet.devices.values())
+            connected = [device for device in fleet.devices.values() if not device.revoked]
             able = [device for device in connected if not device.left_out]
             busy = sum(device.busy for device in able)
             needed = max(1, min(rules.min_sample_size, len(able)))

@@ -69,7 +69,7 @@ class Device:
     failures: int = 0  # bad replies in a row
     address: str = ""  # its IP address
     key_hash: str = ""  # of the key that it proved to have, at a secured server
-    revoked: bool = False
+    revoked: bool = False  # it is about to be cut off
     noted: asyncio.Task | None = field(default=None, repr=False)  # that it is here
 
     @property
@@ -268,7 +268,8 @@ class Fleet(ClientManager):
     def idle(self) -> list[Device]:
         """Return the devices that can be asked, in an order that does not depend on chance."""
         with self.changed:
-            return [d for _, d in sorted(self.devices.items()) if not d.busy and not d.left_out]
+            able = [d for _, d in sorted(self.devices.items()) if not (d.busy or d.revoked)]
+            return [d for d in able if not d.left_out]
 
     def sample(
         self,
