@@ -67,6 +67,8 @@ def main(argv: Sequence[str]) -> str | None:
             print(admissions.make_token(authority.hash, args.uses, 3600 * args.hours))
         elif args.command == "revoke":
             for cid in args.cids:
+                check_cid(cid)
+            for cid in args.cids:
                 admissions.revoke(cid)
                 print(f"device {cid} is revoked: cut off now, and not let in again by its key")
             print("open tokens are closed, it may know one; for a new one: server.py devices token")

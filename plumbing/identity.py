@@ -74,7 +74,7 @@ def open_identity(directory: Path, cid: str, join: str | None) -> "Identity | No
             f"not of device {cid}; start the client with that --cid"
         )
     if not path.exists() or keys.read_key_file(path)[0].public_key() != key.public_key():
-        keys.write_private(path, text.encode())
+        keys.write_private(path, f"{text}\n".encode())
     return Identity(path, cid)
 
 

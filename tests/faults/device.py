@@ -23,6 +23,7 @@ from flwr.client import NumPyClient
 
 from plumbing import transport
 from plumbing.errors import FederationError
+from plumbing.identity import open_identity
 
 
 class Adder(NumPyClient):
@@ -56,6 +57,8 @@ def main() -> None:
     parser.add_argument("--gate", type=Path, help="train until there is a file round-N in here")
     parser.add_argument("--max_pause", type=float, help="between two attempts to connect, in s")
     parser.add_argument("--max_wait_seconds", type=float, default=60.0)
+    parser.add_argument("--join", metavar="TOKEN", help="as client.py's")
+    parser.add_argument("--keys", type=Path, help="as client.py's; without it the server is open")
     args = parser.parse_args()
     if args.max_pause:
         transport.MAX_PAUSE_SECONDS = transport.MIN_PAUSE_SECONDS = args.max_pause
@@ -63,7 +66,14 @@ def main() -> None:
     device = Adder(args.cid, args.add, args.gate)
     began = time.monotonic()
     try:
-        transport.serve(args.server_address, device, lambda state: None, args.max_wait_seconds)
+        identity = args.keys and open_identity(args.keys, args.cid, args.join)
+        transport.serve(
+            args.server_address,
+            device,
+            lambda state: None,
+            args.max_wait_seconds,
+            identity=identity,
+        )
     except FederationError as error:
         print(f"after {time.monotonic() - began:.2f} s", flush=True)
         sys.exit(f"device.py: {error}")

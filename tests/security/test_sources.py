@@ -1,0 +1,84 @@
+"""What must not be in our sources, whoever edits them next."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def tracked(pattern: str) -> list[Path]:
+    command = ["git", "ls-files", "-co", "--exclude-standard", "--", pattern]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / line for line in done.stdout.splitlines()]
+
+
+def calls(path: Path) -> list[tuple[str, dict[str, str], int]]:
+    """Return the calls in a file: what is called, the keywords' values, and the line."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            keywords = {k.arg or "**": ast.unparse(k.value) for k in node.keywords}
+            found.append((ast.unparse(node.func), keywords, node.lineno))
+    return found
+
+
+PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+SOURCES = tracked("*.py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_unpickled_and_no_shell_is_asked(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", "") or ""}
+            found = {name.partition(".")[0] for name in names} & PICKLES
+            # Tests may make what attackers send.
+            assert found <= ({"pickle"} if "tests" in path.parts else set()), f"{node.lineno}"
+    for name, keywords, line in calls(path):
+        where = f"{path.name} line {line}: {name}"
+        if name.endswith("torch.load"):
+            assert keywords.get("weights_only") == "True", where
+        if name.endswith(("np.load", "numpy.load")):
+            assert keywords.get("allow_pickle") == "False", where
+        assert name.rpartition(".")[0] not in PICKLES or name.endswith(".dumps"), where
+        assert not name.endswith(("yaml.load", "yaml.unsafe_load", "yaml.full_load")), where
+        assert keywords.get("shell", "False") == "False", where
+        assert name not in ("eval", "exec", "os.system", "os.popen", "tempfile.mktemp"), where
+
+
+def test_the_search_covers_the_product():
+    names = {str(path.relative_to(ROOT)) for path in SOURCES}
+    assert {"server.py", "client.py", "utils.py", "plumbing/gate.py"} <= names
+    assert any(name == "subprocess.run" for name, _, _ in calls(Path(__file__)))
+
+
+@pytest.mark.parametrize(
+    "path", tracked("*requirements*.txt"), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_requirements_are_pinned_exactly(path):
+    for line in path.read_text().splitlines():
+        requirement = line.partition("#")[0].strip()
+        if requirement and not requirement.startswith(("-r ", "--")):
+            assert re.fullmatch(r"[A-Za-z0-9._\[\]-]+==[A-Za-z0-9.+!]+( *;.*)?", requirement), line
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*tracked("Dockerfile"), *tracked("*/Dockerfile"), *tracked("*.sh")],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_images_and_scripts_install_pinned_packages_and_copy_no_secret(path):
+    text = path.read_text().replace("\\\n", " ")
+    for command in re.findall(r"pip3? install ([^&|;\n]*)", text):
+        for word in command.split():
+            plain = re.fullmatch(r"[\"']?([a-z][a-z0-9_-]*)[\"']?", word)
+            assert not plain, f"{plain and plain[1]} has no exact pin: {command}"
+    for line in re.findall(r"^(?:COPY|ADD) .*", text, re.MULTILINE):
+        sources = [word for word in line.split()[1:-1] if not word.startswith("--")]
+        assert not {".", "./", "*"} & set(sources), line
+        assert not re.search(r"\.pem|\.crt|sqlite|keys(?!\.py)", line), line
+    assert not re.search(r"^(ARG|ENV) .*(TOKEN|JOIN|SECRET)", text, re.MULTILINE)
