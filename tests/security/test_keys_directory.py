@@ -100,7 +100,7 @@ def test_directory_of_another_user_is_told_in_one_line():
         keys.Authority(Path(folder) / "owner")
         done = run_python("-c", textwrap.dedent(code), f"{folder}/owner", cwd=ROOT)
     first, second = done.stdout.splitlines()
-    assert "cannot look for a key" in first and "Permission denied" in first
+    assert "may not look for its key" in first and "Permission denied" in first
     assert "user 65534 may not use the keys directory" in second
 
 

@@ -57,7 +57,7 @@ def test_owner_admits_devices_and_all_of_them_come_back_without_a_token(
     hash_shown = server.lines[0].partition("sha256:")[2]
     assert server.lines[0] == f"secured by authority sha256:{hash_shown}"
     assert hash_shown == keys.key_hash(keys.read_key_file(owner / "authority.pem")[1])
-    assert server.lines[1] == "0 devices are admitted; python server.py devices lists them"
+    assert server.lines[1] == "devices admitted so far: 0 (python server.py devices lists them)"
 
     joining = start_client(address, 0, f"--join={token}", f"--keys={tmp_path / 'home-0'}")
     (tmp_path / "token").write_text(f"{token}\n")
@@ -98,7 +98,7 @@ def test_owner_admits_devices_and_all_of_them_come_back_without_a_token(
     assert resumed.finish() == 0
     assert [device.finish() for device in started] == [0] * 4
     assert resumed.lines[0] == f"secured by authority sha256:{hash_shown}"
-    assert resumed.lines[1] == "4 devices are admitted; python server.py devices lists them"
+    assert resumed.lines[1] == "devices admitted so far: 4 (python server.py devices lists them)"
     assert "admitted from" not in resumed.output
     second = token_in(resumed)
     assert second != token
