@@ -2,8 +2,11 @@
 
 import json
 import os
+import pty
+import select
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch
 import client
 import utils
 from plumbing.errors import FederationError
+from plumbing.identity import open_identity
 from tests.conftest import ROOT
 
 DATA = "synthetic:400"
@@ -134,6 +138,66 @@ def test_gpu_that_multiplies_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))  # stands in for one
     assert client.choose_device("auto") == "cuda"
+
+
+# --- Joining a server with --secure ---------------------------------------------------
+
+
+def join_only(*arguments: str | Path) -> list[str]:
+    flags = ["--server_address=127.0.0.1:9", "--cid=0", "--join_only"]
+    return [sys.executable, str(ROOT / "client.py"), *flags, *map(str, arguments)]
+
+
+def test_key_file_is_taken_from_standard_input_for_its_owner_alone(tmp_path):
+    admit = ["devices", "admit", "0", f"--keys={tmp_path / 'owner'}", f"--out={tmp_path / 'out'}"]
+    make = ["devices", "token", f"--keys={tmp_path / 'owner'}"]
+    for words in (make, admit):
+        subprocess.run([sys.executable, ROOT / "server.py", *words], check=True)
+    key_file = (tmp_path / "out/device-0.pem").read_text()
+    subprocess.run(
+        join_only("--join=-", f"--keys={tmp_path / 'device'}"),
+        input=key_file, text=True, check=True,
+    )  # fmt: skip
+    kept = tmp_path / "device/device-0.pem"
+    assert kept.read_text().strip() == key_file.strip()
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert kept.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_terminal_is_asked_for_the_token_without_echo(tmp_path):
+    outer, inner = pty.openpty()
+    mistyped = "join1_" + 70 * "A"
+    try:
+        process = subprocess.Popen(
+            join_only("--join=-", f"--keys={tmp_path / 'keys'}"),
+            stdin=inner, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        assert process.stderr
+        assert process.stderr.read(18) == "token (not shown):"  # the echo is off by now
+        os.write(outer, f"{mistyped}\n".encode())
+        out, err = process.communicate(timeout=60)
+        assert select.select([outer], [], [], 0)[0] == []
+    finally:
+        os.close(outer)
+        os.close(inner)
+    assert process.returncode == 1
+    assert "a character of it is wrong or missing" in err
+    assert mistyped not in out + err
+
+
+def test_keys_directory_of_another_user_is_told_and_the_way_out(tmp_path):
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    user = os.geteuid()
+    keys.chmod(0o700 if user == 0 else 0)
+    try:
+        os.seteuid(user or 65534)
+        with pytest.raises(FederationError, match=r"may not look for its key .* say --insecure"):
+            open_identity(keys, "0", None)
+    finally:
+        os.seteuid(user)
+        keys.chmod(0o700)
 
 
 # --- In a container -------------------------------------------------------------------
