@@ -15,7 +15,7 @@ from tests.conftest import ROOT, Process
 def processes(run: Process) -> dict[int, str]:
     """Return the processes of the run's session with their command lines."""
     listing = subprocess.run(
-        ["ps", "-s", str(run.popen.pid), "-o", "pid=,args="], capture_output=True, text=True
+        ["ps", "-ww", "-s", str(run.popen.pid), "-o", "pid=,args="], capture_output=True, text=True
     ).stdout
     return {
         int(line.split()[0]): line.split(maxsplit=1)[1]
@@ -51,6 +51,56 @@ def test_run_shows_all_speakers_and_ends_with_the_model(launch, tmp_path):
     assert run.lines[-1].startswith("server   | model in here/run/model.safetensors, curves in ")
     assert (tmp_path / "here/run/model.safetensors").exists()
     assert_nothing_left(run)
+
+
+def test_secure_run_shows_no_token_to_other_users_and_leaves_no_key(launch, tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    run = launch(
+        ROOT / "run_local.sh",
+        "--secure", "--data_dir=synthetic:400", "--rounds=2", "--epochs=40", "--model=PiNet",
+        "--run_dir", tmp_path / "run",
+    )  # fmt: skip
+    run.wait_for(r"client \d \| admitted by 127\.0\.0\.1:\d+ as device \d")
+    run.wait_for(r"client \d \| admitted by 127\.0\.0\.1:\d+ as device \d")
+    commands = " ".join(processes(run).values())
+    assert all(program in commands for program in ("server.py", "--cid 0", "--cid 1"))
+    assert "join1_" not in commands
+    (scratch,) = temporary.iterdir()
+    secrets = [scratch / "token", *scratch.rglob("*.pem")]
+    assert len(secrets) == 4  # the authority's key and the devices'
+    assert {path.stat().st_mode & 0o777 for path in secrets} == {0o600}
+    assert run.finish() == 0
+    assert "round 2/2  devices 2/2" in run.output
+    assert list(temporary.iterdir()) == []
+    assert_nothing_left(run)
+
+
+def test_keys_directory_that_is_named_serves_the_next_run_too(launch, tmp_path):
+    for admitted in (1, 0):
+        run = launch(
+            ROOT / "run_local.sh",
+            "--secure", "--keys=keys", "--data_dir=synthetic:200", "--rounds=1", "--model=PiNet",
+            "--min_num_clients=1", "--min_sample_size=1", f"--run_dir=run-{admitted}",
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert run.finish() == 0, run.output
+        assert "round 1/1  devices 1/1" in run.output
+        assert run.output.count("was admitted") == admitted
+
+
+def test_open_run_uses_no_key_that_is_there_for_another_server(launch, tmp_path, monkeypatch):
+    (tmp_path / "flower-embedded").mkdir()
+    (tmp_path / "flower-embedded/device-0.pem").write_text("not to be read")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    run = launch(
+        ROOT / "run_local.sh",
+        "--data_dir=synthetic:200", "--rounds=1", "--model=PiNet", "--min_num_clients=1",
+        "--min_sample_size=1", "--run_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert run.finish() == 0
+    assert "round 1/1  devices 1/1" in run.output
 
 
 def test_without_internet_it_says_so_and_ctrl_c_leaves_nothing(launch, tmp_path, monkeypatch):
