@@ -30,6 +30,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import Process  # noqa: E402
 from test_data import Mirror, tiny_cifar10  # noqa: E402
 
+from plumbing.keys import Token  # noqa: E402
+
 NAME = f"flower-test-{os.getpid()}"
 BASE, CLIENT = "flower-embedded-base:cpu", "flower-embedded:cpu"
 MAX_IMAGE_BYTES = 1_000_000_000
@@ -37,6 +39,7 @@ BUILD_OPTIONS = "--network host"
 RUN_OPTIONS = "--network host --health-interval 3s"
 os.environ |= {
     "DATA_VOLUME": NAME,
+    "KEYS_VOLUME": f"{NAME}-keys",
     "DOCKER_BUILD_OPTIONS": BUILD_OPTIONS,
     "DOCKER_RUN_OPTIONS": RUN_OPTIONS,
 }
@@ -235,8 +238,8 @@ def walkthrough(folder: Path) -> None:
         check(f"the process in {container} is not root", uid == 1000, f"uid {uid}")
         mounts = {m["Destination"]: m["RW"] for m in inspect(container)["Mounts"]}
         check(
-            "the device's images are mounted read-only, at their own path, and nothing else is",
-            mounts == {str(data): False},
+            "the device's images are mounted read-only, at their own path; else its key alone is",
+            mounts == {str(data): False, "/keys": True},
             mounts,
         )
     codes = [process.finish(600) for process in (server, *clients)]
@@ -259,6 +262,97 @@ def walkthrough(folder: Path) -> None:
     check(
         "the clients' containers are gone", docker("ps", "-aq", "--filter", f"name={cids[0]}") == ""
     )
+
+
+def secure(folder: Path) -> None:
+    """A device joins with a token, trains, is restarted without it, and revoked."""
+    secret = folder / "token"
+
+    def join(cid: str, address: str) -> Process:
+        command = f'exec "$0" "$@" <"{secret}"'
+        common = [f"--server_address={address}", f"--cid={cid}", "--threads=1"]
+        flags = ["--data_dir=synthetic:40", "--join=-", "--detach"]
+        return start("sh", "-c", command, ROOT / "run_pi.sh", *common, *flags)
+
+    cid = f"{NAME}-nobody"
+    secret.write_text(str(Token(bytes(16), 32 * "00")))
+    launch = join(cid, "127.0.0.1:9")
+    launch.wait_for("no server at 127.0.0.1:9 yet", 300)
+    os.killpg(launch.popen.pid, signal.SIGINT)
+    code = launch.finish(60)
+    left = docker("ps", "--all", "--quiet", "--filter", f"name={cid}")
+    check("Ctrl-C while a device joins ends all", code == 130 and left == "", f"exit code {code}")
+
+    keys, cid = folder / "keys", f"{NAME}-s"
+    server, address = start_server(
+        folder,
+        "--server_address=127.0.0.1:0",
+        "--secure",
+        f"--keys={keys}",
+        "--rounds=100000",
+        "--min_num_clients=1",
+        "--min_sample_size=1",
+        "--partition=none",
+        "--batch_size=8",
+        "--data_dir=synthetic:40",
+    )
+    token = re.findall("--join=(join1_[A-Za-z0-9_-]+)", server.output)[0]
+    secret.write_text(token)
+    container = f"flower-client-{cid}"
+    began = time.monotonic()
+    launch = join(cid, address)
+    launch.wait_for(f"admitted by {address} as device {cid}", 600)
+    check(
+        "run_pi.sh --join=- gets the device a key",
+        launch.finish(60) == 0,
+        f"{time.monotonic() - began:.0f} s",
+    )
+    server.wait_for(f"device {cid} joined", 300)
+    server.wait_for("round 1/", 300)
+    check("the device trains, by TLS", True, f"{time.monotonic() - began:.0f} s")
+    found = docker("exec", container, "sh", "-c", "stat -c '%U %a %n' /keys /keys/*").splitlines()
+    check(
+        "its key is for the client's user alone",
+        found == ["client 700 /keys", f"client 600 /keys/device-{cid}.pem"],
+        found,
+    )
+    key = docker("exec", container, "cat", f"/keys/device-{cid}.pem")
+    shown = "".join(
+        [
+            docker("container", "inspect", container),
+            docker("image", "inspect", CLIENT),
+            docker("history", "--no-trunc", CLIENT),
+            docker("logs", container),
+            launch.output,
+        ]
+    )
+    secrets = [token, *re.findall("^[A-Za-z0-9+/=]{40,}$", key.partition("CERTIFICATE")[0], re.M)]
+    check(
+        "neither container, image, log nor launcher shows the token or the key",
+        len(secrets) >= 3
+        and not any("--join" in word for word in inspect(container)["Args"])
+        and not any(secret in shown for secret in secrets),
+        f"{len(shown):,} characters looked through",
+    )
+
+    secret.unlink()
+    began = time.monotonic()
+    docker("restart", container)
+    server.wait_for(f"device {cid} joined", 300)
+    check(
+        "restarted without the token it joins by its key",
+        "was admitted" not in server.output.partition(f"device {cid} joined")[2],
+        f"{time.monotonic() - began:.0f} s",
+    )
+
+    run(sys.executable, ROOT / "server.py", "devices", "revoke", cid, f"--keys={keys}")
+
+    def told() -> list[str]:
+        return [x for x in docker("logs", container).splitlines() if x.startswith("client.py: ")]
+
+    seconds = wait_until("the client says why it ends", 120, told)
+    check("revoked, it is cut off and says why", "was revoked" in told()[0], told()[0])
+    check("at once", seconds < 60, f"{seconds:.0f} s")
 
 
 def restart(folder: Path) -> None:
@@ -380,6 +474,10 @@ def edit(folder: Path) -> None:
     utils.write_text(
         utils.read_text().replace('"PiNet": PiNet,', '"PiNet": PiNet,\n    "Mine": PiNet,')
     )
+    keys = [tree / "device-0.pem", tree / "plumbing" / "device-0.pem", tree / "keys" / "key.pem"]
+    for path in keys:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a key")
     cid = f"{NAME}-edit"
     began = time.monotonic()
     client = run_pi(
@@ -400,6 +498,13 @@ def edit(folder: Path) -> None:
         f"{built:.1f} s from launch to container, {time.monotonic() - began:.0f} s to the client",
     )
     client.finish(300)
+    held = docker("run", "--rm", "--entrypoint", "find", CLIENT, "/app", "/keys", "-type", "f")
+    files = sorted(Path(line).name for line in held.splitlines() if line.startswith("/"))
+    check(
+        "keys beside the sources stay out of the image, which holds Python files alone",
+        "client.py" in files and all(name.endswith((".py", ".pyc")) for name in files),
+        f"{len(files)} files",
+    )
 
 
 # Stands in for NVIDIA's image: a torch of a version that no index has, another protobuf that
@@ -567,7 +672,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
     chosen = sys.argv[1:]
-    for part in (images, processors, walkthrough, restart, sick, edit, gpu):
+    for part in (images, processors, walkthrough, secure, restart, sick, edit, gpu):
         if chosen and part.__name__ not in chosen:
             continue
         part_began = time.monotonic()
