@@ -46,7 +46,7 @@ from flwr.server.strategy import FedAvg
 
 import utils
 from plumbing import wire
-from plumbing.addresses import listening_addresses
+from plumbing.addresses import listening_addresses, parse_address
 from plumbing.admissions import TOKEN_SECONDS, TOKEN_USES
 from plumbing.checkpoints import (
     RunDirectory,
@@ -657,6 +657,8 @@ def run(args: argparse.Namespace) -> None:
     if args.secure:
         directory = Path(args.keys).expanduser() if args.keys else default_keys_dir()
         more_names = list(filter(None, args.names.split(",")))
+        if args.unauthenticated_address:
+            more_names.append(parse_address(args.unauthenticated_address)[0])
         gate = Gate(directory, partial(local_names, args.server_address, more_names), tell)
     data_dir = args.data_dir or ROOT / "data"
     testset = utils.load_data(
