@@ -206,6 +206,15 @@ def test_request_that_its_key_did_not_sign_is_refused(fleet):
     assert cids(fleet.gate) == []
 
 
+@pytest.mark.parametrize("csr", ["", "\ud800", "\0", "x" * 3000, "-----BEGIN", {}, None, 7])
+def test_request_that_is_none_is_refused(fleet, csr):
+    token = token_for(fleet.gate, uses=1)
+    request = json.dumps({"cid": "0", "token": str(token), "csr": csr}).encode()
+    with channel(fleet) as opened:
+        assert refusal(opened, request).startswith("PERMISSION_DENIED")
+    assert uses_left(fleet.gate, token) == 1
+
+
 def test_request_for_another_kind_of_key_is_refused(fleet):
     token = token_for(fleet.gate)
     name = keys.x509.Name([])
@@ -267,14 +276,11 @@ anything = st.recursive(
 )
 GOOD_CSR = keys.signing_request(keys.new_key(), "0").decode()
 cut = st.integers(0, len(GOOD_CSR))
+csrs = words | st.just(GOOD_CSR) | cut.map(lambda n: GOOD_CSR[:n])
 requests = st.fixed_dictionaries(
     {},
-    optional={
-        "cid": words | anything,
-        "token": words | anything,
-        "csr": anything | words | st.just(GOOD_CSR) | cut.map(lambda n: GOOD_CSR[:n]),
-    },
-)
+    optional={"cid": words | anything, "token": words | anything, "csr": anything | csrs},
+) | st.fixed_dictionaries({"cid": st.just("0"), "token": words, "csr": csrs})
 messages = (
     st.binary(max_size=300)
     | anything.map(lambda value: json.dumps(value).encode())
