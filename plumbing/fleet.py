@@ -538,7 +538,9 @@ class Fleet(ClientManager):
         device.exchange = exchange
         reply = None
         try:
-            reply = await self._ask(device, request.data, exchange, context)
+            start, sent = await self._send(device, request.data, context)
+            del request  # a device that hangs would keep the weights of its round
+            reply = await self._ask(device, exchange, start, sent, context)
         except BadReply as error:
             reply = Reply(device, None, str(error))
             return False
@@ -556,12 +558,12 @@ class Fleet(ClientManager):
     async def _ask(
         self,
         device: Device,
-        data: bytes | wire.FitRequest,
         exchange: _Exchange,
+        start: float,
+        sent: int,
         context: grpc.aio.ServicerContext,
     ) -> Reply:
-        """Send a request; return the reply, the weights being fetched when it is their turn."""
-        start, sent = await self._send(device, data, context)
+        """Return the reply to what was sent, the weights being fetched when it is their turn."""
         answer = await self._read(context)
         seconds = time.monotonic() - start
         if not _is_offer(answer, exchange.round_id):

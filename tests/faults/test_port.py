@@ -14,6 +14,7 @@ import ssl
 import struct
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +57,8 @@ def settled(pid: int, like: Footprint, seconds: float = 30) -> Footprint:
     deadline = time.monotonic() + seconds
     while True:
         now = Footprint.of(pid)
-        if (now.files <= like.files and now.threads <= like.threads) or (
+        # gRPC takes another thread while the machine is busy.
+        if (now.files <= like.files and now.threads <= like.threads + 1) or (
             time.monotonic() > deadline
         ):
             return now
@@ -166,6 +168,16 @@ def leaves_before_it_is_asked(stack: ExitStack, address: str) -> None:
         connection.close()  # with a reset
 
 
+def until_hung_up_on(connections: list[socket.socket]) -> float:
+    """Return the seconds until the other end has closed all of them."""
+    start = time.monotonic()
+    for connection in connections:
+        connection.settimeout(30)
+        while connection.recv(1000):  # the server's HTTP/2 settings, then the end
+            pass
+    return time.monotonic() - start
+
+
 VISITORS = {
     "idle": (f"{IDLE} connections on which nothing is said", idle),
     "random bytes": ("50 connections with 100 kB of random bytes each", random_bytes),
@@ -181,7 +193,8 @@ def test_visitors_neither_keep_devices_out_nor_leave_anything_behind(listening, 
     process, address, before = listening
     patience = ExitStack()
     silent = [connect(patience, address) for _ in range(20)]
-    start = time.monotonic()
+    watcher = patience.enter_context(ThreadPoolExecutor(1))
+    hung_up = watcher.submit(until_hung_up_on, silent)
     without_silent = before
     before = replace(before, files=before.files + len(silent))
     rows = []
@@ -199,11 +212,7 @@ def test_visitors_neither_keep_devices_out_nor_leave_anything_behind(listening, 
         rows.append((what, seconds, after))
     assert process.popen.poll() is None
     with patience:
-        for connection in silent:
-            connection.settimeout(30)
-            while connection.recv(1000):  # the server's HTTP/2 settings, then the end
-                pass
-        seconds = time.monotonic() - start
+        seconds = hung_up.result()
     assert 8 < seconds < 25
     assert settled(process.popen.pid, without_silent).files <= without_silent.files
     record_fault(
