@@ -5,12 +5,14 @@ with the weights; others as client.py does, with an offer and then the weights. 
 10,000 mutated or random messages through the round instead of 200.
 """
 
+import gc
 import json
 import os
 import pickle
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -518,6 +520,22 @@ def open_fleet(model_bytes: int) -> Iterator[tuple[Fleet, list[str]]]:
         yield fleet, events
     finally:
         fleet.close(run_is_over=True)
+
+
+def test_hung_device_does_not_keep_the_weights_of_its_round():
+    with open_fleet(1000) as (fleet, _):
+        hung = RawDevice(fleet.address, "0", lambda request: None)
+        assert fleet.wait_for(1, timeout=10)
+        (device,) = fleet.all().values()
+        request = wire.FitRequest(wire.Packed([np.zeros(100)]), {wire.ROUND_ID: "r"})
+        kept = weakref.ref(request)
+        (reply,) = fleet.exchange([(device, request)], "r", timeout=1)
+        assert reply.problem == "no reply in 1 s"
+        del request
+        gc.collect()
+        assert device.busy
+        assert kept() is None
+        hung.thread.join(20)  # it is hung up on
 
 
 @pytest.mark.parametrize("in_pieces", [False, True])
