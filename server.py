@@ -67,6 +67,7 @@ from plumbing.updates import check_update, clean_metrics
 ROOT = Path(__file__).resolve().parent
 MOMENTUM = 0.9
 UPDATE_COPIES = 5  # at most, of a device's update in memory while Flower's strategies aggregate
+LAST_CALL_SECONDS = 40  # devices try again every 30 s at least
 MAX_DETAILS = 20  # devices a round with a line of their own; metrics.jsonl has all
 
 # Flower's strategies that take plain weights, with the settings in which ours differ
@@ -772,6 +773,9 @@ def run(args: argparse.Namespace) -> None:
         if finished_round >= args.rounds:  # a server killed after that may not have left a model
             print(f"all rounds are done; for more of them: --rounds {finished_round + 3}")
             result = evaluate(weights)
+            if not (run_directory.path / "model.safetensors").exists():
+                print("waiting for devices, to tell them so")  # nobody has, for want of time
+                fleet.wait_for(args.min_num_clients, LAST_CALL_SECONDS)
         for server_round in range(finished_round + 1, args.rounds + 1):
             weights, record = finish_round(
                 server_round,

@@ -140,6 +140,26 @@ def test_killed_server_and_real_training_end_bit_for_bit_where_an_unbroken_run_d
     )
 
 
+def test_server_killed_after_the_last_round_tells_devices_so_when_it_is_resumed(
+    launch, start_server, start_device, tmp_path
+):
+    process, address = start_server(
+        server_address=f"127.0.0.1:{free_port()}", rounds="1", min_num_clients="1",
+        min_sample_size="1",
+    )  # fmt: skip
+    start_device(address, 0)
+    assert process.finish() == 0
+    model = tmp_path / "run/model.safetensors"
+    model.unlink()  # it is written last
+    device = start_device(address, 0, "--max_wait_seconds=30")
+    device.wait_for("no server at")
+    process = launch(sys.executable, ROOT / "server.py", f"--resume={tmp_path / 'run'}")
+    process.wait_for("device 0 joined", 30)
+    assert process.finish() == 0, process.output
+    assert device.finish() == 0, device.output
+    assert model.exists()
+
+
 # --- Signals --------------------------------------------------------------------------
 
 
