@@ -647,10 +647,12 @@ class Fleet(ClientManager):
             device.requests.put_nowait(_Request(goodbye))
         # Those that are just joining are told when they have, too.
         streams = self._streams if run_is_over else {d.stream for d in told if d.stream}
+        deadline = self._loop.time() + GOODBYE_SECONDS
         if streams:
-            await asyncio.wait(streams, timeout=GOODBYE_SECONDS if run_is_over else 1)
-        # Without calls it does not wait.
-        await self._server.stop(GOODBYE_SECONDS if run_is_over else None)
+            # A hung device's stream ends by itself at the deadline.
+            await asyncio.wait(streams, timeout=GOODBYE_SECONDS + 0.2 if run_is_over else 1)
+        # It waits for connections: not for long if none is left but that of a hung device.
+        await self._server.stop(max(0.0, deadline - self._loop.time()) if run_is_over else None)
         # Python complains of tasks that did not come to their end.
         if rest := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(rest, timeout=1)
