@@ -172,7 +172,7 @@ runtimes=$(docker info --format '{{json .Runtimes}}')
 [[ $runtimes == *'"nvidia"'* ]] ||
   die "Docker lacks NVIDIA's runtime; sudo apt install nvidia-container && sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
 
-# Memory, which the GPU shares: what the client takes on a CPU (ResNet18 1.3 GB at its peak,
+# Memory, which the GPU shares: what the client takes on a CPU (ResNet18 1.2 GB at its peak,
 # Net 250 to 420 MB) and 1.5 GB for CUDA's libraries and the system.
 memory() { awk -v name="$1:" '$1 == name { mb = $2 / 1024 } END { print int(mb) }' "$board_root/proc/meminfo"; }
 ram=$(memory MemTotal) swap=$(memory SwapTotal)

@@ -150,7 +150,7 @@ if printf '%s\n' 23.0 "$docker_client" | sort -VC && ! docker buildx version >/d
   DOCKER_BUILDKIT=0
 fi
 
-# Memory: a Pi 3 shows about 900 MB, a Zero 2 W about 420. ResNet18's client takes 1.3 GB at
+# Memory: a Pi 3 shows about 900 MB, a Zero 2 W about 420. ResNet18's client takes 1.2 GB at
 # its peak, Net's 250 to 420 MB.
 memory() { awk -v name="$1:" '$1 == name { mb = $2 / 1024 } END { print int(mb) }' "$board_root/proc/meminfo"; }
 ram=$(memory MemTotal) swap=$(memory SwapTotal)
