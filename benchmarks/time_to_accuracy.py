@@ -92,14 +92,14 @@ def main() -> None:
         torch.manual_seed(seed)  # the DataLoader shuffles by it
         build = ancestor.build_net if name == "2020" else partial(utils.build_model, name)
         net = build(len(data.classes), seed)
+        images = min(len(data), STEPS.get(name, 0) * BATCH_SIZE)  # each of them once
+        trainset = data.subset(torch.arange(images).numpy())
         clock = Clock(test_data, args.target / 100, args.every)
         net.register_forward_pre_hook(clock)
         try:
             if name == "2020":
                 ancestor.train(net, ancestor.loader(data, BATCH_SIZE), args.limit)
             else:
-                images = min(len(data), STEPS[name] * BATCH_SIZE)  # each of them once
-                trainset = data.subset(torch.arange(images).numpy())
                 trainloader = utils.TrainLoader(trainset, BATCH_SIZE, seed)
                 utils.train(net, trainloader, lr_end=0.0, log=silent)
             clock.evaluate(net)
