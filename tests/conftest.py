@@ -17,6 +17,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Programs that tests start get SIGINT as in a terminal, though a CI may run us with it ignored.
+# Not by preexec_fn: that forks, and where a test of this process has used gRPC, the child may
+# hang in gRPC's threads before it is another program.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 class Process:
     """A program of the project whose lines can be waited for."""
@@ -24,7 +29,7 @@ class Process:
     def __init__(self, *command: str | Path, cwd: Path | None = None) -> None:
         self.lines: list[str] = []
         self._new: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        # One thread each, and SIGINT as in a terminal (a CI may run us with it ignored).
+        # One thread each.
         self.popen = subprocess.Popen(
             [str(part) for part in command],
             stdout=subprocess.PIPE,
@@ -33,7 +38,6 @@ class Process:
             cwd=cwd,
             env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
         )
         threading.Thread(target=self._read, daemon=True).start()
 

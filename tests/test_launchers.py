@@ -184,7 +184,6 @@ class Device:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=group,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
         )
 
     def run(
