@@ -87,7 +87,7 @@ def test_device_revoked_in_mid_round_is_cut_off_and_the_round_ends_with_the_othe
     assert time.monotonic() - start < 3
     np.testing.assert_array_equal(weights[0], WEIGHTS[0] + 1)
     assert record["dropped"] == [{"name": "device 1", "reason": "it was revoked"}]
-    assert list(fleet.all()) == ["0"]
+    wait_until(lambda: list(fleet.all()) == ["0"])
     assert told.count("refused device 1: it was revoked") == 1
     bad.may_end.set()
     threads[1].join(20)
