@@ -123,7 +123,8 @@ def test_rounds_without_number_leave_nothing_behind(start_server, simulate, tmp_
     before, after = held[warm - 1], held[-1]
     print(f"after {warm} rounds {before}, after {rounds} {after}")
     assert after["MB"] <= before["MB"] + 5
-    assert after["threads"] <= before["threads"] + 2  # gRPC has more while the machine is busy
+    # gRPC has one more while the machine is busy, which may be at any time.
+    assert after["threads"] <= max(footprint["threads"] for footprint in held[:warm])
     assert after["files"] <= before["files"] + 1  # the checkpoint, if just being written
     record_fault(
         f"{rounds} rounds with two simulated devices",

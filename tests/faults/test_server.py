@@ -164,7 +164,7 @@ def test_server_killed_after_the_last_round_tells_devices_so_when_it_is_resumed(
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)][: 2 if LONG else 1]
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
 def test_interrupted_server_drops_its_round_and_devices_wait_for_it(
     start_server, start_device, record_fault, tmp_path, number, code
