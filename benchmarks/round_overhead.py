@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anyw
 
 from plumbing import keys
 from plumbing.admissions import Admissions
+from plumbing.devices import admit
 from plumbing.settings import Settings
 
 ROUNDS = {"Net": 200, "ResNet18": 12}  # 1 s and more on either side
@@ -114,8 +115,8 @@ def take_turn(side: str, model: str, rounds: int, clients: int) -> float:
         directory = None
         if side == "tls":
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            for cid in range(clients):
-                make_key_file(directory, str(cid))
+            authority, admissions = keys.Authority(directory), Admissions(directory)
+            list(admit(authority, admissions, list(map(str, range(clients))), directory))
         server = stack.enter_context(
             running(run_server, address, model, warm_up + rounds, clients, sender, directory)
         )
@@ -145,16 +146,6 @@ def running(target: Callable[..., None], *args: Any) -> Iterator[Any]:
     finally:
         process.kill()
         process.join()
-
-
-def make_key_file(directory: Path, cid: str) -> None:
-    """Admit a client to the authority in `directory`, and put the file with its key there."""
-    authority = keys.Authority(directory)
-    key = keys.new_key()
-    certificate = authority.sign_device(cid, key.public_key())
-    Admissions(directory).admit(cid, keys.public_key_hash(key.public_key()), certificate)
-    content = keys.key_pem(key) + certificate + authority.pem
-    keys.write_private(directory / f"device-{cid}.pem", content)
 
 
 def free_port() -> int:

@@ -9,7 +9,7 @@ python server.py devices admit 7 8 --out DIR make their key files, for a fleet's
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from plumbing import keys
@@ -40,9 +40,11 @@ def main(argv: Sequence[str]) -> str | None:
     token.add_argument("--uses", type=int, default=TOKEN_USES, help=f"(default: {TOKEN_USES})")
     revoke = commands.add_parser("revoke", parents=[common], help="take admissions back")
     revoke.add_argument("cids", nargs="+", metavar="CID")
-    admit = commands.add_parser("admit", parents=[common], help="make key files for devices")
-    admit.add_argument("cids", nargs="+", metavar="CID")
-    admit.add_argument("--out", required=True, metavar="DIR", help="where to write device-CID.pem")
+    by_file = commands.add_parser("admit", parents=[common], help="make key files for devices")
+    by_file.add_argument("cids", nargs="+", metavar="CID")
+    by_file.add_argument(
+        "--out", required=True, metavar="DIR", help="where to write device-CID.pem"
+    )
     if not argv or argv[0].startswith("--keys"):
         argv = ["list", *argv]
     args = parser.parse_args(argv)
@@ -73,7 +75,8 @@ def main(argv: Sequence[str]) -> str | None:
                 print(f"device {cid} is revoked: cut off now, and not let in again by its key")
             print("open tokens are closed, it may know one; for a new one: server.py devices token")
         else:
-            admit_with_key_files(authority, admissions, args.cids, Path(args.out).expanduser())
+            for path in admit(authority, admissions, args.cids, Path(args.out).expanduser()):
+                print(f"{path}: carry it to its device, join there with --join=FILE, delete it")
     except FederationError as error:
         return f"server.py: {error}"
     return None
@@ -102,10 +105,10 @@ def print_devices(admissions: Admissions) -> None:
         print("none so far; they join with --join=TOKEN, and server.py devices token makes one")
 
 
-def admit_with_key_files(
+def admit(
     authority: keys.Authority, admissions: Admissions, cids: Sequence[str], out: Path
-) -> None:
-    """Make a key for each device and write it, with its certificate, into `out`."""
+) -> Iterator[Path]:
+    """Admit devices; yield for each the file in `out` that holds its key and certificate."""
     keys.private_directory(out)
     for cid in cids:
         check_cid(cid)
@@ -121,7 +124,7 @@ def admit_with_key_files(
         except FederationError:
             path.unlink()
             raise
-        print(f"{path}: carry it to device {cid} and join there with --join=FILE; then delete it")
+        yield path
 
 
 def _time(seconds: float | None) -> str:

@@ -70,7 +70,6 @@ class Device:
     address: str = ""  # its IP address
     key_hash: str = ""  # of the key that it proved to have, at a secured server
     revoked: bool = False  # it is about to be cut off
-    noted: asyncio.Task | None = field(default=None, repr=False)  # that it is here
 
     @property
     def name(self) -> str:
@@ -217,7 +216,7 @@ class Fleet(ClientManager):
         self._streams: set[asyncio.Task] = set()
         self._exchange: _Exchange | None = None
         self._watch_task: asyncio.Task | None = None
-        self._noting: asyncio.Task | None = None
+        self._notes: set[asyncio.Task] = set()  # for the owner's list, that are being made
         piece_bytes = min(model_bytes, wire.PIECE_BYTES) or 1
         self._sending = asyncio.Semaphore(max(2, SENDING_BYTES // piece_bytes))
         self._sending_whole = asyncio.Semaphore(max(2, SENDING_BYTES // (model_bytes or 1)))
@@ -391,7 +390,7 @@ class Fleet(ClientManager):
             await asyncio.sleep(WATCH_SECONDS)
             connected = list(self.devices.values())
             if second % NOTE_EVERY == 0:
-                self._noting = asyncio.create_task(gate.note_seen(connected))
+                self._note(gate, connected)
             for device in await asyncio.to_thread(gate.revoked, connected):
                 if not device.revoked:
                     self.refuse(device.name, REVOKED)
@@ -400,6 +399,12 @@ class Fleet(ClientManager):
                     device.exchange.settle(Reply(device, None, REVOKED))
                 if device.stream:
                     device.stream.cancel()
+
+    def _note(self, gate: Gate, devices: list[Device]) -> None:
+        """Let the owner's list know who is here, without waiting for it."""
+        note = asyncio.create_task(gate.note_seen(devices))
+        self._notes.add(note)  # asyncio itself forgets tasks that nobody holds
+        note.add_done_callback(self._notes.discard)
 
     async def _hello(self, _: Any, context: grpc.aio.ServicerContext) -> None:
         """Tell a device what it must know before it opens the stream."""
@@ -416,7 +421,7 @@ class Fleet(ClientManager):
             device = await self._greet(context)
             device.stream = stream
             if self.gate:
-                device.noted = asyncio.create_task(self.gate.note_seen([device]))
+                self._note(self.gate, [device])
             if self.closing:  # it came while the run ended
                 device.requests.put_nowait(_Request(wire.encode_goodbye()))
             try:

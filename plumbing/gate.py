@@ -31,8 +31,8 @@ from plumbing import keys
 from plumbing.addresses import check_cid, parse_address, resolve
 from plumbing.admissions import Admissions, ListProblem
 from plumbing.errors import FederationError
+from plumbing.identity import ENROL_REQUEST
 
-ENROL_REQUEST = "enrolment-bin"
 WAITING = 64  # enrolments at a time
 WAITING_EACH = 8  # of them from one address; whoever comes on top is turned away
 PENALTY_SECONDS = 1.0  # so long the answer to a wrong token takes

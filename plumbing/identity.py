@@ -49,15 +49,14 @@ def open_identity(directory: Path, cid: str, join: str | None) -> "Identity | No
         FederationError: any of this is wrong; the message shows no secret.
     """
     path = directory.expanduser() / f"device-{cid}.pem"
-    if join is None:
-        try:
-            if not path.exists():
-                return None
-        except OSError as error:
-            raise FederationError(
-                f"user {os.getuid()} may not look for its key in '{path.parent}' "
-                f"({error.strerror}); say --insecure if it has none"
-            ) from None
+    try:
+        if join is None and not path.exists():
+            return None
+    except OSError as error:
+        raise FederationError(
+            f"user {os.getuid()} may not look for its key in '{path.parent}' "
+            f"({error.strerror}); say --insecure if it has none"
+        ) from None
     keys.private_directory(directory)
     if join is None:
         return Identity(path, cid)

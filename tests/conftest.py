@@ -12,8 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from plumbing.fleet import Fleet
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,6 +24,35 @@ ROOT = Path(__file__).resolve().parent.parent
 # Not by preexec_fn: that forks, and where a test of this process has used gRPC, the child may
 # hang in gRPC's threads before it is another program.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def told() -> list[str]:
+    """What the owner of a fleet was told, line by line."""
+    return []
+
+
+@pytest.fixture
+def open_fleet(told: list[str]) -> Iterator[Callable[..., Fleet]]:
+    """Open a fleet on a free port."""
+    fleets: list[Fleet] = []
+
+    def start(**options: Any) -> Fleet:
+        settings = {
+            "server_address": "127.0.0.1:0",
+            "greeting": {"seed": 7},
+            "admit": lambda properties: None,
+            "announce": lambda device, event: told.append(f"{device.name} {event}"),
+            "refuse": lambda who, reason: told.append(f"refused {who}: {reason}"),
+            **options,
+        }
+        fleets.append(Fleet(**settings))
+        return fleets[-1]
+
+    yield start
+    for fleet in fleets:
+        if not fleet.closing:
+            fleet.close(run_is_over=True)
 
 
 class Process:

@@ -45,33 +45,6 @@ class Adder(NumPyClient):
 
 
 @pytest.fixture
-def events() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def open_fleet(events: list[str]) -> Iterator[Callable[..., Fleet]]:
-    fleets: list[Fleet] = []
-
-    def start(**options) -> Fleet:
-        settings = {
-            "server_address": "127.0.0.1:0",
-            "greeting": {"seed": 7},
-            "admit": lambda properties: None,
-            "announce": lambda device, event: events.append(f"{device.name} {event}"),
-            "refuse": lambda who, reason: events.append(f"refused {who}: {reason}"),
-            **options,
-        }
-        fleets.append(Fleet(**settings))
-        return fleets[-1]
-
-    yield start
-    for fleet in fleets:
-        if not fleet.closing:
-            fleet.close(run_is_over=True)
-
-
-@pytest.fixture
 def join() -> Iterator[Callable[..., threading.Thread]]:
     threads: list[threading.Thread] = []
 
@@ -91,11 +64,11 @@ def fit_request(config=None) -> bytes:
     return wire.encode_fit([wire.pack_array(w) for w in WEIGHTS], config or {})
 
 
-def test_devices_join_train_and_end_with_the_run(open_fleet, join, events):
+def test_devices_join_train_and_end_with_the_run(open_fleet, join, told):
     fleet = open_fleet()
     threads = [join(Adder(str(cid), step=cid + 1), fleet) for cid in range(3)]
     assert fleet.wait_for(3, timeout=10)
-    assert sorted(events) == ["device 0 joined", "device 1 joined", "device 2 joined"]
+    assert sorted(told) == ["device 0 joined", "device 1 joined", "device 2 joined"]
     assert fleet.all()["1"].properties == {"cid": "1", "greeted_with": 7}
 
     requests = [(device, fit_request()) for device in fleet.all().values()]
@@ -108,7 +81,7 @@ def test_devices_join_train_and_end_with_the_run(open_fleet, join, events):
     for thread in threads:
         thread.join(5)
         assert not thread.is_alive()
-    assert len(events) == 3  # nobody "left": the run was over
+    assert len(told) == 3  # nobody "left": the run was over
 
 
 def test_all_devices_train_at_the_same_time(open_fleet, join):
@@ -127,18 +100,18 @@ def test_all_devices_train_at_the_same_time(open_fleet, join):
     assert all(reply.data for reply in fleet.exchange(requests))
 
 
-def test_second_device_with_a_cid_is_refused_and_the_first_stays(open_fleet, join, events):
+def test_second_device_with_a_cid_is_refused_and_the_first_stays(open_fleet, join, told):
     fleet = open_fleet(keepalive_seconds=0.5)
     join(Adder("0"), fleet)
     assert fleet.wait_for(1, timeout=10)
     with pytest.raises(Refused, match="a device with --cid=0 is connected already; give each its"):
         Adder("0").serve(fleet.address)
-    assert any(event.startswith("refused device 0: a device with --cid=0") for event in events)
+    assert any(event.startswith("refused device 0: a device with --cid=0") for event in told)
     (reply,) = fleet.exchange([(fleet.all()["0"], fit_request())])
     assert reply.data
 
 
-def test_device_that_comes_back_takes_its_place_again(open_fleet, join, events):
+def test_device_that_comes_back_takes_its_place_again(open_fleet, join, told):
     fleet = open_fleet()
     with grpc.insecure_channel(fleet.address) as channel:
         stream = channel.stream_stream(transport.JOIN)(
@@ -151,35 +124,35 @@ def test_device_that_comes_back_takes_its_place_again(open_fleet, join, events):
     deadline = time.monotonic() + 10
     while fleet.all().get("0") in (None, ghost) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert events == ["device 0 joined", "device 0 left", "device 0 joined"]
+    assert told == ["device 0 joined", "device 0 left", "device 0 joined"]
     (reply,) = fleet.exchange([(ghost, fit_request())])
     assert (reply.data, reply.problem) == (None, "the connection broke")
 
 
-def test_reason_for_a_refusal_reaches_the_device(open_fleet, events):
+def test_reason_for_a_refusal_reaches_the_device(open_fleet, told):
     fleet = open_fleet(admit=lambda properties: "no room, come to the other kitchen")
     with pytest.raises(Refused, match="no room, come to the other kitchen"):
         Adder("0").serve(fleet.address)
-    assert events == ["refused device 0: no room, come to the other kitchen"]
+    assert told == ["refused device 0: no room, come to the other kitchen"]
 
 
 @pytest.mark.parametrize("cid", ["../../x", "a\nb", "", "x" * 65, "ü"])
-def test_cid_that_is_no_name_is_refused(open_fleet, events, cid):
+def test_cid_that_is_no_name_is_refused(open_fleet, told, cid):
     fleet = open_fleet()
     with pytest.raises(Refused, match="is not made of 1 to 64 letters"):
         Adder(cid).serve(fleet.address)
-    assert "\n" not in events[0]
+    assert "\n" not in told[0]
 
 
 @pytest.mark.parametrize("greeting", [b"", b"\xff\xff\xff", wire.encode_fit_reply([], 1, {})])
-def test_client_that_answers_nonsense_is_refused(open_fleet, events, greeting):
+def test_client_that_answers_nonsense_is_refused(open_fleet, told, greeting):
     fleet = open_fleet()
     with grpc.insecure_channel(fleet.address) as channel:
         stream = channel.stream_stream(transport.JOIN)(iter([greeting]))
         with pytest.raises(grpc.RpcError) as error:
             list(stream)
     assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "it did not say what it is" in events[0]
+    assert "it did not say what it is" in told[0]
     assert fleet.num_available() == 0
 
 
@@ -218,7 +191,7 @@ def test_no_host_of_that_name_ends_the_client():
         Adder("0").serve("no.such.host.invalid:8080")
 
 
-def test_device_that_joins_while_the_run_ends_is_told_so_too(open_fleet, join, events):
+def test_device_that_joins_while_the_run_ends_is_told_so_too(open_fleet, join, told):
     class Slow(Adder):
         def get_properties(self, config):
             asked.set()
@@ -232,14 +205,14 @@ def test_device_that_joins_while_the_run_ends_is_told_so_too(open_fleet, join, e
     fleet.close(run_is_over=True)
     thread.join(5)
     assert not thread.is_alive()
-    assert events == []
+    assert told == []
 
 
-def test_refusal_of_any_length_and_lettering_arrives(open_fleet, events):
+def test_refusal_of_any_length_and_lettering_arrives(open_fleet, told):
     fleet = open_fleet(admit=lambda properties: "no\n\033[31m" + "x" * 30_000)
     with pytest.raises(Refused, match="no"):
         Adder("0").serve(fleet.address)
-    assert events[0].isprintable()
+    assert told[0].isprintable()
 
 
 # --- A round --------------------------------------------------------------------------

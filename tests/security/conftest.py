@@ -55,12 +55,6 @@ def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:
 
 
 @pytest.fixture
-def told() -> list[str]:
-    """What the owner was told, line by line."""
-    return []
-
-
-@pytest.fixture
 def make_gate(tmp_path: Path, told: list[str], monkeypatch) -> Callable[..., Gate]:
     """Make a gate; those of another owner by `owner="eve"`."""
     monkeypatch.setattr(gate_module, "PENALTY_SECONDS", 0.05)
@@ -72,29 +66,16 @@ def make_gate(tmp_path: Path, told: list[str], monkeypatch) -> Callable[..., Gat
 
 
 @pytest.fixture
-def open_fleet(make_gate: Callable[..., Gate], told: list[str]) -> Iterator[Callable[..., Fleet]]:
-    """Open a secured fleet on a free port."""
-    fleets: list[Fleet] = []
+def open_fleet(
+    open_fleet: Callable[..., Fleet], make_gate: Callable[..., Gate]
+) -> Callable[..., Fleet]:
+    """Open a secured fleet."""
 
     def start(**options: Any) -> Fleet:
-        settings = {
-            "server_address": "127.0.0.1:0",
-            "greeting": {"seed": 7},
-            "admit": lambda properties: None,
-            "announce": lambda device, event: told.append(f"{device.name} {event}"),
-            "refuse": lambda who, reason: told.append(f"refused {who}: {reason}"),
-            "keepalive_seconds": 1.0,
-            **options,
-        }
-        if "gate" not in settings:
-            settings["gate"] = make_gate()
-        fleets.append(Fleet(**settings))
-        return fleets[-1]
+        gate = options.pop("gate") if "gate" in options else make_gate()
+        return open_fleet(**{"keepalive_seconds": 1.0, **options, "gate": gate})
 
-    yield start
-    for fleet in fleets:
-        if not fleet.closing:
-            fleet.close(run_is_over=True)
+    return start
 
 
 @pytest.fixture
