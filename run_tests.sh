@@ -15,5 +15,5 @@ bin=$(dirname "$python")
 "$bin/mypy"
 "$bin/shellcheck" ./*.sh plumbing/*.sh .ci/run tests/docker/run
 "$bin/hadolint" Dockerfile base_images/*/Dockerfile
-# Three at a time even on two cores: many tests wait for a while, for a timeout say.
-exec "$python" -m pytest --numprocesses=3 --dist=worksteal "$@"
+# Four at a time even on two cores: many tests wait for a while, for a timeout say.
+exec "$python" -m pytest --numprocesses=4 --dist=worksteal "$@"

@@ -85,7 +85,7 @@ def some_images(data_dir: str, images: int) -> utils.ImageSet:
 
 
 def epoch_of_2020(data: utils.ImageSet) -> None:
-    ancestor.train(ancestor.build_net(), ancestor.loader(data, BATCH_SIZE))
+    ancestor.train(ancestor.same_net(), ancestor.loader(data, BATCH_SIZE))
 
 
 def our_epoch(data: utils.ImageSet) -> None:
@@ -127,7 +127,7 @@ def largest_difference(data: utils.ImageSet, steps: int = 100) -> float:
 
     loader = ancestor.loader(data, BATCH_SIZE, order.tolist())
     theirs = losses(
-        ancestor.build_net(), lambda net: ancestor.train(net, loader, lr=PROOF_LR, nesterov=True)
+        ancestor.same_net(), lambda net: ancestor.train(net, loader, lr=PROOF_LR, nesterov=True)
     )
     trainloader = utils.TrainLoader(data, BATCH_SIZE, seed=1, flip=False)
     ours = losses(

@@ -145,7 +145,10 @@ def test_death_of_one_ends_all(launch, tmp_path, victim):
 
 
 def test_wrong_argument_ends_all_with_the_servers_line(launch, tmp_path):
-    run = launch(ROOT / "run_local.sh", "--data_dir=synthetic:400", "--batch_size=0")
+    run = launch(
+        ROOT / "run_local.sh", "--data_dir=synthetic:400", "--batch_size=0", "--min_num_clients=1",
+        "--min_sample_size=1",
+    )  # fmt: skip
     assert run.finish() == 1
     assert "server   | server.py: --batch_size 0 is below 1" in run.output
     assert_nothing_left(run)

@@ -10,7 +10,6 @@ import time
 import numpy as np
 import pytest
 import safetensors.torch
-import torch
 
 import utils
 from tests.conftest import ROOT
@@ -21,7 +20,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_walk_through_from_start_to_saved_model(start_server, start_client, tmp_path):
+def test_walk_through_to_a_saved_model_that_starts_the_next_run(
+    start_server, start_client, tmp_path
+):
     server, address = start_server(rounds="2", epochs="2")
     clients = [start_client(address, cid) for cid in (0, 1)]
 
@@ -68,6 +69,15 @@ def test_walk_through_from_start_to_saved_model(start_server, start_client, tmp_
     )
     assert f"model in {run / 'model.safetensors'}" in server.output
 
+    server, address = start_server(
+        rounds="1", min_num_clients="1", min_sample_size="1", lr="1e-9",
+        init_weights=str(run / "model.safetensors"), run_dir=str(tmp_path / "next"),
+    )  # fmt: skip
+    start_client(address, 0)
+    assert server.finish() == 0
+    again = json.loads((tmp_path / "next/metrics.jsonl").read_text())["loss"]
+    assert again == pytest.approx(rounds[1]["loss"], abs=1e-4)
+
 
 def test_client_started_before_its_server_waits_for_it(start_server, start_client):
     address = f"127.0.0.1:{free_port()}"
@@ -80,37 +90,29 @@ def test_client_started_before_its_server_waits_for_it(start_server, start_clien
     assert (server.finish(), client.finish()) == (0, 0)
 
 
-def test_clients_of_a_killed_server_join_the_next_one(start_server, start_client, tmp_path):
+def test_clients_of_a_server_that_is_stopped_or_killed_join_the_next_one(
+    start_server, start_client, tmp_path
+):
     address = f"127.0.0.1:{free_port()}"
-    server, _ = start_server(server_address=address, rounds="1000")
-    clients = [start_client(address, cid) for cid in (0, 1)]
-    server.wait_for("round 1/1000")
-    server.signal(signal.SIGKILL)
-    server.finish()
-    for client in clients:
-        client.wait_for(f"left {address} .* next try in")
+    clients = []
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        server, _ = start_server(
+            server_address=address, rounds="1000", run_dir=str(tmp_path / str(number))
+        )
+        clients = clients or [start_client(address, cid) for cid in (0, 1)]
+        server.wait_for("round 1/1000")
+        server.signal(number)
+        assert server.finish() == code
+        assert "Traceback" not in server.output
+        reason = "" if number == signal.SIGKILL else "the server (stopped|was interrupted)"
+        for client in clients:
+            client.wait_for(f"left {address} .{reason}.*, next try in")
+            assert client.popen.poll() is None
+            assert "goaway" not in client.output.lower()  # gRPC's own words for it
 
-    server, _ = start_server(server_address=address, rounds="1", run_dir=str(tmp_path / "second"))
+    server, _ = start_server(server_address=address, rounds="1", run_dir=str(tmp_path / "last"))
     assert server.finish() == 0
     assert [client.finish() for client in clients] == [0, 0]
-
-
-def test_run_with_a_seed_repeats_itself(start_server, start_client, tmp_path):
-    models = []
-    for attempt in ("a", "b"):
-        server, address = start_server(
-            rounds="2", seed="5", partition="dirichlet:1", run_dir=str(tmp_path / attempt)
-        )
-        # The other order of arrival must not matter.
-        order = (0, 1) if attempt == "a" else (1, 0)
-        clients = []
-        for cid in order:
-            clients.append(start_client(address, cid))
-            server.wait_for(f"device {cid} joined")
-        assert server.finish() == 0
-        models.append(safetensors.torch.load_file(tmp_path / attempt / "model.safetensors"))
-    for name, array in models[0].items():
-        assert torch.equal(array, models[1][name]), name
 
 
 STOCK_CLIENT = """
@@ -159,20 +161,9 @@ def test_our_client_trains_in_a_stock_flower_run(start_client, launch):
     assert client.lines.count("Client kitchen: evaluate") == 2
 
 
-def test_device_with_another_model_is_refused_and_the_run_waits_on(start_server, start_client):
-    server, address = start_server(rounds="1", min_num_clients="1", min_sample_size="1")
-    wrong = start_client(address, 0, model="ResNet18")
-    assert wrong.finish() == 1
-    assert wrong.lines[-1].startswith(
-        "client.py: the server refuses this device: it was started with --model ResNet18"
-    )
-    server.wait_for("refused device 0: it was started with --model ResNet18, the server with")
-
-    assert start_client(address, 0).finish() == 0
-    assert server.finish() == 0
-
-
-def test_device_with_other_classes_is_refused(start_server, start_client, tmp_path):
+def test_devices_that_do_not_fit_are_refused_and_the_run_waits_on(
+    start_server, start_client, tmp_path
+):
     from PIL import Image
 
     for name in ("milk", "tomato"):
@@ -180,30 +171,24 @@ def test_device_with_other_classes_is_refused(start_server, start_client, tmp_pa
         folder.mkdir(parents=True)
         for i in range(40):
             Image.new("RGB", (40, 30), (i, 2 * i, 3 * i)).save(folder / f"{i}.png")
-    server, address = start_server(min_num_clients="1", min_sample_size="1")
-    wrong = start_client(address, 0, data_dir=str(tmp_path / "fridge"))
-    assert wrong.finish() == 1
-    assert 'its classes are ["milk", "tomato"]' in wrong.lines[-1]
-    server.wait_for("refused device 0: its classes are")
+    server, address = start_server(rounds="1")
+    for cid, options, reason in (
+        ("0", {"model": "ResNet18"}, "it was started with --model ResNet18, the server with"),
+        ("0", {"data_dir": str(tmp_path / "fridge")}, 'its classes are ["milk", "tomato"]'),
+        ("0", {"data_dir": "synthetic:40"}, "20 images do not fill a batch of 32; lower --batch"),
+        ("2", {}, "--cid 2 is none of the server's 2 partitions (0 to 1)"),
+        ("00", {}, "--cid 00 is none of the server's 2 partitions"),
+        ("kitchen", {}, "--cid kitchen is none of the server's 2 partitions"),
+    ):
+        client = start_client(address, cid, **options)
+        assert client.finish() == 1
+        told = f"client.py: the server refuses this device: {reason}"
+        assert client.lines[-1].startswith(told)
+        server.wait_for(re.escape(f"refused device {cid}: {reason}"))
 
-
-@pytest.mark.parametrize(
-    ("cid", "data_dir", "message"),
-    [
-        ("2", "synthetic:400", "--cid 2 is none of the server's 2 partitions (0 to 1)"),
-        ("00", "synthetic:400", "--cid 00 is none of the server's 2 partitions"),
-        ("kitchen", "synthetic:400", "--cid kitchen is none of the server's 2 partitions"),
-        ("0", "synthetic:40", "20 images do not fill a batch of 32; lower --batch_size"),
-    ],
-)
-def test_device_without_a_usable_partition_is_refused(
-    start_server, start_client, cid, data_dir, message
-):
-    server, address = start_server()
-    client = start_client(address, cid, data_dir=data_dir)
-    assert client.finish() == 1
-    assert client.lines[-1].startswith(f"client.py: the server refuses this device: {message}")
-    server.wait_for(f"refused device {cid}: ")
+    clients = [start_client(address, cid) for cid in (0, 1)]
+    assert [client.finish() for client in clients] == [0, 0]
+    assert server.finish() == 0
 
 
 def test_partition_none_trains_on_all_images_under_any_name(start_server, start_client, tmp_path):
@@ -215,33 +200,20 @@ def test_partition_none_trains_on_all_images_under_any_name(start_server, start_
     assert "device kitchen joined: " in server.output
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_ends_a_client_in_the_middle_of_an_epoch(start_server, start_client, number, code):
-    server, address = start_server(min_num_clients="1", min_sample_size="1", epochs="100000")
-    client = start_client(address, 0)
-    client.wait_for("Training 100000 epoch")
+def test_signal_ends_a_client_in_the_middle_of_an_epoch(start_server, start_client):
+    server, address = start_server(epochs="100000")
+    clients = [start_client(address, cid) for cid in (0, 1)]
+    for client in clients:
+        client.wait_for("Training 100000 epoch")
     time.sleep(0.5)
-    start = time.monotonic()
-    client.signal(number)
-    assert client.finish() == code
-    assert time.monotonic() - start < 5
-    assert "Traceback" not in client.output
-    server.wait_for("round 1: dropped device 0: the connection broke")
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_ends_a_server_and_its_devices_wait_for_the_next(
-    start_server, start_client, number, code
-):
-    server, address = start_server(rounds="1000", min_num_clients="1", min_sample_size="1")
-    client = start_client(address, 0)
-    server.wait_for("round 1/1000")
-    server.signal(number)
-    assert server.finish() == code
-    assert "Traceback" not in server.output
-    client.wait_for(f"left {address} .the server (stopped|was interrupted)., next try in")
-    assert client.popen.poll() is None
-    assert "goaway" not in client.output.lower()  # gRPC's own words for it
+    for cid, (number, code) in enumerate(((signal.SIGINT, 130), (signal.SIGTERM, 143))):
+        start = time.monotonic()
+        clients[cid].signal(number)
+        assert clients[cid].finish() == code
+        assert time.monotonic() - start < 5
+        assert "Traceback" not in clients[cid].output
+    dropped = r"round 1: dropped device (\d): the connection broke"
+    assert {server.wait_for(dropped)[1] for _ in clients} == {"0", "1"}
 
 
 def test_round_goes_on_without_a_device_that_dies(start_server, start_client):
@@ -290,25 +262,3 @@ def test_client_gives_up_after_max_wait_seconds(start_client):
     assert (
         "for 1 s, giving up (connection refused); is server.py running there?" in client.lines[-1]
     )
-
-
-def test_model_saved_by_one_run_starts_the_next(start_server, start_client, tmp_path):
-    first = tmp_path / "first"
-    server, address = start_server(
-        rounds="1", min_num_clients="1", min_sample_size="1", run_dir=str(first)
-    )
-    start_client(address, 0)
-    assert server.finish() == 0
-    loss = json.loads((first / "metrics.jsonl").read_text())["loss"]
-
-    server, address = start_server(
-        rounds="1",
-        min_num_clients="1",
-        min_sample_size="1",
-        lr="1e-9",
-        init_weights=str(first / "model.safetensors"),
-    )
-    start_client(address, 0)
-    assert server.finish() == 0
-    again = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["loss"]
-    assert again == pytest.approx(loss, abs=1e-4)

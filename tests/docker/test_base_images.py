@@ -56,17 +56,17 @@ def only_pinned(tmp_path):
 
 TRAIN = """
 import client, utils
-data = utils.load_data("synthetic:80", "train")
-settings = {"partition": "none", "batch_size": 32}
+data = utils.load_data("synthetic:20", "train")
+settings = {"partition": "none", "batch_size": 16}
 for model in ("Net", "PiNet", "ResNet18"):
-    device = client.Client("0", model, data, "synthetic:80", "cpu")
+    device = client.Client("0", model, data, "synthetic:20", "cpu")
     weights = device.get_parameters({})
     device.fit(weights, settings)
     device.evaluate(weights, settings)
 import PIL.Image, torchvision.datasets.utils
 PIL.Image.init()
 try:
-    client.main(["--server_address=127.0.0.1:9", "--cid=0", "--data_dir=synthetic:80",
+    client.main(["--server_address=127.0.0.1:9", "--cid=0", "--data_dir=synthetic:20",
                  "--max_wait_seconds=0"])
 except SystemExit as error:
     print(error)
