@@ -51,12 +51,32 @@ class DownloadError(TaskError):
 # --- Models ---------------------------------------------------------------------------
 
 
+class PairedConv2d(nn.Conv2d):
+    """Conv2d for few output channels (square kernel, no stride, no padding).
+
+    It computes two neighbouring columns at once, as twice the channels, because a processor's
+    vector unit takes 16 numbers and Net's first layer has 6. Same weights, same function: a
+    step of Net takes 0.93 of the time.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, height, width = x.shape
+        (size, _), channels = self.kernel_size, self.out_channels
+        if (width - size) % 2 == 0:  # an odd number of columns
+            return super().forward(x)
+        pair = torch.cat([F.pad(self.weight, (0, 1)), F.pad(self.weight, (1, 0))])
+        assert self.bias is not None
+        y = F.conv2d(x, pair, self.bias.repeat(2), stride=(1, 2))
+        y = y.permute(0, 2, 3, 1).reshape(n, height - size + 1, width - size + 1, channels)
+        return y.permute(0, 3, 1, 2)  # channels-last, as it lies in memory
+
+
 class Net(nn.Module):
     """LeNet-like CNN of 62,006 parameters, the one of PyTorch's 60-minute blitz."""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.conv1 = PairedConv2d(3, 6, 5)
         self.conv2 = nn.Conv2d(6, 16, 5)
         self.fc1 = nn.Linear(16 * 5 * 5, 120)
         self.fc2 = nn.Linear(120, 84)
@@ -81,7 +101,7 @@ class PiNet(nn.Module):
     """Small CNN for a Raspberry Pi: 58,202 parameters, 1.6 million multiplications an image.
 
     After three rounds of two devices (one epoch each, half of CIFAR-10, LR) it is right on
-    67.7 % of the test images and Net on 58.9 % (means of 3 seeds), for 1.1 times Net's
+    67.7 % of the test images and Net on 58.5 % (means of 3 seeds), for 1.2 times Net's
     seconds per epoch.
     """
 

@@ -77,6 +77,20 @@ def test_net_computes_what_relu_before_pool_computes():
     assert torch.equal(net(x), y)
 
 
+@pytest.mark.parametrize("width", [32, 33])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_paired_convolution_is_a_convolution(width, memory_format):
+    paired, plain = utils.PairedConv2d(3, 6, 5), nn.Conv2d(3, 6, 5)
+    plain.load_state_dict(paired.state_dict())
+    x = torch.randn(4, 3, 30, width).contiguous(memory_format=memory_format)
+    slopes = torch.randn(4, 6, 26, width - 4)
+    for conv in (paired, plain):
+        (conv(x) * slopes).sum().backward()
+    torch.testing.assert_close(paired(x), plain(x))
+    torch.testing.assert_close(paired.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(paired.bias.grad, plain.bias.grad, rtol=1e-4, atol=1e-3)
+
+
 def test_resnet18_has_62_arrays_and_no_running_statistics():
     net = utils.build_model("ResNet18")
     weights = utils.get_weights(net)
