@@ -88,6 +88,20 @@ def test_flower_is_imported_with_its_telemetry_off():
         subprocess.run(command, check=True, cwd=ROOT)
 
 
+def test_garbage_is_looked_for_once_after_the_imports_and_then_as_usual():
+    code = (
+        "import gc\n"
+        "usual = gc.get_threshold()\n"
+        "import plumbing\n"
+        "kept = [[] for _ in range(250_000)]\n"
+        "assert gc.get_count()[0] > 250_000, 'looked among what is imported'\n"
+        "kept += [[] for _ in range(50_000)]\n"
+        "assert gc.get_threshold() == usual\n"
+        "assert gc.get_count()[0] < 60_000"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_weights_of_another_model_name_the_way_out(device):
     with pytest.raises(FederationError, match="start both sides with the same --model"):
         device.fit(utils.get_weights(device.net)[:-1], config())

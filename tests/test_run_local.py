@@ -35,7 +35,10 @@ def assert_nothing_left(run: Process) -> None:
     assert processes(run) == {}
 
 
-def test_run_shows_all_speakers_and_ends_with_the_model(launch, tmp_path):
+def test_run_shows_all_speakers_and_ends_with_the_model(launch, tmp_path, monkeypatch):
+    (tmp_path / "flower-embedded").mkdir()  # with a key for another server, not to be used here
+    (tmp_path / "flower-embedded/device-0.pem").write_text("not to be read")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     run = launch(
         ROOT / "run_local.sh",
         "--data_dir=synthetic:600", "--rounds", "2", "--model", "PiNet",
@@ -88,19 +91,6 @@ def test_keys_directory_that_is_named_serves_the_next_run_too(launch, tmp_path):
         assert run.finish() == 0, run.output
         assert "round 1/1  devices 1/1" in run.output
         assert run.output.count("was admitted") == admitted
-
-
-def test_open_run_uses_no_key_that_is_there_for_another_server(launch, tmp_path, monkeypatch):
-    (tmp_path / "flower-embedded").mkdir()
-    (tmp_path / "flower-embedded/device-0.pem").write_text("not to be read")
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    run = launch(
-        ROOT / "run_local.sh",
-        "--data_dir=synthetic:200", "--rounds=1", "--model=PiNet", "--min_num_clients=1",
-        "--min_sample_size=1", "--run_dir", tmp_path / "run",
-    )  # fmt: skip
-    assert run.finish() == 0
-    assert "round 1/1  devices 1/1" in run.output
 
 
 def test_without_internet_it_says_so_and_ctrl_c_leaves_nothing(launch, tmp_path, monkeypatch):

@@ -79,27 +79,17 @@ def test_walk_through_to_a_saved_model_that_starts_the_next_run(
     assert again == pytest.approx(rounds[1]["loss"], abs=1e-4)
 
 
-def test_client_started_before_its_server_waits_for_it(start_server, start_client):
-    address = f"127.0.0.1:{free_port()}"
-    client = start_client(address, 0)
-    client.wait_for(f"no server at {address} yet .* next try in .* .is server.py running there")
-
-    server, _ = start_server(
-        server_address=address, rounds="1", min_num_clients="1", min_sample_size="1"
-    )
-    assert (server.finish(), client.finish()) == (0, 0)
-
-
-def test_clients_of_a_server_that_is_stopped_or_killed_join_the_next_one(
+def test_clients_wait_for_a_server_and_for_the_next_if_it_is_stopped_or_killed(
     start_server, start_client, tmp_path
 ):
     address = f"127.0.0.1:{free_port()}"
-    clients = []
+    clients = [start_client(address, cid) for cid in (0, 1)]
+    for client in clients:
+        client.wait_for(f"no server at {address} yet .* next try in .* .is server.py running there")
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
         server, _ = start_server(
             server_address=address, rounds="1000", run_dir=str(tmp_path / str(number))
         )
-        clients = clients or [start_client(address, cid) for cid in (0, 1)]
         server.wait_for("round 1/1000")
         server.signal(number)
         assert server.finish() == code
