@@ -88,9 +88,10 @@ def test_flower_is_imported_with_its_telemetry_off():
         subprocess.run(command, check=True, cwd=ROOT)
 
 
-def test_garbage_is_looked_for_once_after_the_imports_and_then_as_usual():
+def test_garbage_is_looked_for_after_the_imports_then_as_usual_and_not_at_the_end():
     code = (
-        "import gc\n"
+        "import atexit, gc, os\n"
+        "atexit.register(lambda: gc.get_freeze_count() > 250_000 or os._exit(1))\n"
         "usual = gc.get_threshold()\n"
         "import plumbing\n"
         "kept = [[] for _ in range(250_000)]\n"
