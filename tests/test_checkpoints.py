@@ -39,10 +39,13 @@ def test_checkpoint_brings_back_round_weights_and_the_strategys_state(tmp_path):
     np.testing.assert_array_equal(restored["m_t/0"], state["m_t/0"])
 
 
-def test_resumed_run_forgets_rounds_after_its_checkpoint_and_torn_lines(tmp_path):
+@pytest.mark.parametrize(
+    "torn", [b'{"se', b"\xff\xfe\n", b'{"server_round": 1e999}\n' + b"[" * 9999]
+)
+def test_resumed_run_forgets_rounds_after_its_checkpoint_and_torn_lines(tmp_path, torn):
     RunDirectory(tmp_path / "run", CONFIG)
-    lines = '{"server_round": 1}\n{"server_round": 2}\n{"se'
-    (tmp_path / "run" / "metrics.jsonl").write_text(lines)
+    lines = b'{"server_round": 1}\n{"server_round": 2}\n'
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(lines + torn)
     run = RunDirectory(tmp_path / "run", CONFIG, resumed_round=1)
     run.save(2, WEIGHTS, metrics={"server_round": 2, "again": True})
     assert run.rounds() == [{"server_round": 1}, {"server_round": 2, "again": True}]

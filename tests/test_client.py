@@ -56,6 +56,14 @@ def test_device_keeps_its_part_alone_and_cuts_anew_for_another_server(device):
     assert device.data.images.equal(first.images)
 
 
+@pytest.mark.parametrize("cid", ["2", "00", "+1", "kitchen"])
+def test_name_that_is_no_partition_is_refused_where_the_images_are_cut(cid):
+    device = client.Client(cid, "Net", utils.load_data(DATA, "train"), DATA, "cpu")
+    problem = device.get_properties(config())["problem"]
+    assert problem.startswith(f"--cid {cid} is none of the server's 2 partitions (0 to 1)")
+    assert device.get_properties(config(partition="none"))["images"] == 400
+
+
 def test_fit_counts_the_examples_of_whole_batches(device, capsys):
     weights, num_examples, metrics = device.fit(
         utils.get_weights(device.net), config(batch_size=32, lr=0.02, lr_end=0.0, server_round=1)

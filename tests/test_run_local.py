@@ -62,7 +62,7 @@ def test_secure_run_shows_no_token_to_other_users_and_leaves_no_key(launch, tmp_
     monkeypatch.setenv("TMPDIR", str(temporary))
     run = launch(
         ROOT / "run_local.sh",
-        "--secure", "--data_dir=synthetic:400", "--rounds=2", "--epochs=40", "--model=PiNet",
+        "--secure", "--data_dir=synthetic:400", "--rounds=1", "--epochs=40", "--model=PiNet",
         "--run_dir", tmp_path / "run",
     )  # fmt: skip
     run.wait_for(r"client \d \| admitted by 127\.0\.0\.1:\d+ as device \d")
@@ -75,7 +75,7 @@ def test_secure_run_shows_no_token_to_other_users_and_leaves_no_key(launch, tmp_
     assert len(secrets) == 4  # the authority's key and the devices'
     assert {path.stat().st_mode & 0o777 for path in secrets} == {0o600}
     assert run.finish() == 0
-    assert "round 2/2  devices 2/2" in run.output
+    assert "round 1/1  devices 2/2" in run.output
     assert list(temporary.iterdir()) == []
     assert_nothing_left(run)
 

@@ -163,6 +163,7 @@ def test_devices_of_different_speed_report_the_examples_that_they_used(
     assert server.finish() == 0
     assert (slow.finish(), fast.finish()) == (0, 0)
     devices = {d["name"]: d for d in rounds_of(tmp_path / "run")[0]["devices"]}
+    assert "Training 2 epoch(s) w/ 12 batches each" in fast.lines  # all the 400 images
     assert devices["device fast"]["num_examples"] == 384  # 12 batches of 32, twice
     assert devices["device fast"]["metrics"]["steps"] == 24
     steps = devices["device slow"]["metrics"]["steps"]
