@@ -96,15 +96,20 @@ def test_flower_is_imported_with_its_telemetry_off():
         subprocess.run(command, check=True, cwd=ROOT)
 
 
-def test_garbage_is_looked_for_neither_among_the_imports_nor_at_the_end():
+def test_garbage_is_looked_for_once_among_the_imports_and_not_at_the_end():
     code = (
-        "import atexit, gc, os\n"
+        "import atexit, gc, os, weakref\n"
         "atexit.register(lambda: gc.get_freeze_count() > 400_000 or os._exit(1))\n"
         "usual = gc.get_threshold()\n"
         "import plumbing\n"
+        "class Cycle: pass\n"
+        "cycle = Cycle()\n"
+        "cycle.itself, garbage = cycle, weakref.ref(cycle)\n"
+        "del cycle\n"
         "kept = [[] for _ in range(250_000)]\n"
         "assert gc.get_count()[0] > 250_000, 'looked among what is imported'\n"
         "kept += [[] for _ in range(50_000)]\n"
+        "assert not garbage(), 'what is garbage was kept'\n"
         "assert 250_000 < gc.get_freeze_count() < 400_000\n"
         "kept += [[] for _ in range(100_000)]\n"
         "assert gc.get_threshold() == usual\n"
