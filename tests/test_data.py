@@ -404,7 +404,8 @@ def test_archive_that_cannot_be_unpacked_is_an_error_but_no_download_error(mirro
 
 def test_two_processes_at_once_fetch_once(mirror, tmp_path):
     script = (
-        "import json, sys; from torchvision.datasets import CIFAR10; import utils\n"
+        "import json, sys, utils\n"
+        "with utils._compiler_on_demand(): from torchvision.datasets import CIFAR10\n"
         "for item in json.loads(sys.argv[1]).items(): setattr(CIFAR10, *item)\n"
         "print('ready', flush=True)\n"
         "print(len(utils.load_data(sys.argv[2], 'train', download=True)))"

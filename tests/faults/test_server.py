@@ -137,14 +137,14 @@ def test_run_with_a_seed_repeats_itself_bit_for_bit_also_if_its_server_is_killed
             devices[-1].wait_for("connected to")
         return devices
 
-    options = {"rounds": 5, "partition": "dirichlet:1", "seed": 5}
-    run_with_kills(launch, tmp_path / "broken", start_devices, [1, 3], **options)
+    options = {"rounds": 4, "partition": "dirichlet:1", "seed": 5}
+    run_with_kills(launch, tmp_path / "broken", start_devices, [2], **options)
     run_with_kills(launch, tmp_path / "unbroken", start_devices, [], **options)
     assert_same_model(tmp_path / "broken", tmp_path / "unbroken")
-    assert [m["server_round"] for m in rounds_of(tmp_path / "broken")] == [1, 2, 3, 4, 5]
+    assert [m["server_round"] for m in rounds_of(tmp_path / "broken")] == [1, 2, 3, 4]
     record_fault(
-        "server killed twice, FedAvg, client.py trains Net",
-        "SIGKILL after rounds 1 and 3",
+        "server killed, FedAvg, client.py trains Net",
+        "SIGKILL after round 2",
         "--resume: devices come back by themselves; model bit for bit that of an unbroken run",
         stock=STOCK_KILLED,
     )
