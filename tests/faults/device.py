@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--gate", type=Path, help="train until there is a file round-N in here")
     parser.add_argument("--max_pause", type=float, help="between two attempts to connect, in s")
     parser.add_argument("--max_wait_seconds", type=float, default=60.0)
+    parser.add_argument("--stay", action="store_true", help="as client.py's")
     parser.add_argument("--join", metavar="TOKEN", help="as client.py's")
     parser.add_argument("--keys", type=Path, help="as client.py's; without it the server is open")
     args = parser.parse_args()
@@ -72,6 +73,7 @@ def main() -> None:
             device,
             lambda state: None,
             args.max_wait_seconds,
+            args.stay,
             identity=identity,
         )
     except FederationError as error:
