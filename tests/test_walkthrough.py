@@ -79,6 +79,7 @@ def test_walk_through_to_a_saved_model_that_starts_the_next_run(
     assert again == pytest.approx(rounds[1]["loss"], abs=1e-4)
 
 
+@pytest.mark.waits
 def test_clients_wait_for_a_server_and_for_the_next_if_it_is_stopped_or_killed(
     start_server, start_client, tmp_path
 ):

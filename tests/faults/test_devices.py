@@ -113,6 +113,7 @@ def test_late_reply_is_recognised_and_counts_in_no_round(
     )
 
 
+@pytest.mark.waits
 def test_hung_device_is_hung_up_on_and_used_again_when_it_wakes(
     start_server, start_client, start_device, record_fault, tmp_path
 ):

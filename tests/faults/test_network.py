@@ -40,6 +40,7 @@ class Moment:
         return self.at - start
 
 
+@pytest.mark.waits
 def test_link_that_dies_in_silence_is_noticed_on_both_sides_within_30_s(
     start_server, start_client, start_device, make_link, record_fault, tmp_path
 ):
@@ -108,6 +109,7 @@ def test_link_that_dies_in_silence_is_noticed_on_both_sides_within_30_s(
     assert training.output.count("fit of round 1") == 1
 
 
+@pytest.mark.waits
 def test_epoch_trained_while_the_link_was_down_counts_in_its_round(
     start_server, start_client, start_device, make_link, record_fault, tmp_path
 ):
@@ -219,6 +221,7 @@ def test_attempts_to_connect_are_never_more_than_30_s_apart(monkeypatch):
 
 
 @pytest.mark.timeout(600 if LONG else 120)
+@pytest.mark.waits
 def test_device_keeps_trying_while_its_server_is_out_of_reach(
     start_server, start_device, make_link, swallowing_address, record_fault
 ):
@@ -300,6 +303,7 @@ def two_namespaces() -> Iterator[tuple[list[str], list[str]]]:
             holder.wait()
 
 
+@pytest.mark.waits
 def test_packets_dropped_by_a_firewall_are_missed_by_both_sides_within_30_s(
     launch, two_namespaces, record_fault, tmp_path
 ):
