@@ -34,7 +34,7 @@ def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> 
         f"{last:.1f} %",
         (numbers[-1], last),
         textcoords="offset points",
-        xytext=(0, 8),
+        xytext=(0, 8 if last < 90 else -16),  # inside near 100 %, too
         ha="center",
     )
     losses = [number(metrics, "loss") for metrics in rounds]
