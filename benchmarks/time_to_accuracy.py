@@ -5,7 +5,7 @@
     2020   Net from PyTorch's own first weights, PIL images through a DataLoader, SGD at 0.001
            with momentum 0.9, for as long as it takes (benchmarks/ancestor.py)
     Net    utils.TrainLoader and utils.train at their defaults; the learning rate falls to 0
-           over STEPS steps, chosen by trials on the same test images and seeds 0 to 11
+           over STEPS steps, chosen by trials on the same test images and seeds 0 to 35
     PiNet  the same with the newer model
 
 All train on the same images with batch 32, in turn, seed by seed.

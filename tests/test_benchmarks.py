@@ -32,7 +32,7 @@ def test_time_to_accuracy_prints_a_ratio_for_each_model():
 
 
 def test_round_overhead_prints_its_ratio():
-    out = short_form("round_overhead", "--clients", "1")
+    out = short_form("round_overhead")
     for ratio in ("ours/stock", "tls/ours"):
         assert re.search(rf"^Net +{ratio} +min [\d.]+  median [\d.]+  max [\d.]+", out, re.M)
 

@@ -93,8 +93,8 @@ def test_killed_server_goes_on_and_ends_bit_for_bit_where_an_unbroken_run_does(
     options = {"rounds": 6 * kills + 5, "strategy": strategy}
 
     def start_devices(address: str) -> None:
-        # A server that is killed after the last round may have told one device that it is over
-        # and the next server waits for both: so they stay.
+        # They stay: a server that is killed after the last round may have told one of them alone
+        # that the run is over, and if that one were gone, the resumed server would wait for it.
         start_device(address, 0, "--add=0.001", "--max_pause=0.3", "--stay")
         start_device(address, 1, "--add=0.002", "--max_pause=0.3", "--stay")
 
