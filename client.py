@@ -229,7 +229,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
 
     def add(name: str, **kwargs: Any) -> None:
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, **kwargs)
+        flags = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        parser.add_argument(*flags, dest=name, **kwargs)
 
     add("server_address", required=True, metavar="HOST:PORT", help="where server.py runs")
     add("cid", required=True, help="this device's name; 0, 1, … where the data set is partitioned")
