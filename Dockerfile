@@ -21,6 +21,7 @@ ENV DATA_DIR=/data \
 
 # --chown: sources that only their owner may read on the host must be read in here, too.
 WORKDIR /app
+COPY --chown=client:client federated/ federated/
 COPY --chown=client:client plumbing/ plumbing/
 COPY --chown=client:client client.py utils.py ./
 

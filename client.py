@@ -34,14 +34,14 @@ import torch
 from flwr.client import NumPyClient
 
 import utils
+from federated.errors import FederationError
+from federated.settings import Settings
 from plumbing.addresses import check_cid, parse_address
 from plumbing.board import describe_board
-from plumbing.errors import FederationError
-from plumbing.identity import open_identity
-from plumbing.keys import default_keys_dir
-from plumbing.settings import Settings
+from plumbing.security.identity import open_identity
+from plumbing.security.keys import default_keys_dir
+from plumbing.stream.device import enrol, serve
 from plumbing.telemetry import Telemetry
-from plumbing.transport import enrol, serve
 
 ROOT = Path(__file__).resolve().parent
 

@@ -18,7 +18,7 @@ import plumbing  # isort: skip # noqa: F401 # first: it sets what gRPC and Flowe
 import sys
 
 if __name__ == "__main__" and sys.argv[1:2] == ["devices"]:  # needs no torch
-    from plumbing.devices import main as devices
+    from plumbing.security.owner import main as devices
 
     sys.exit(devices(sys.argv[2:]))
 
@@ -45,24 +45,24 @@ from flwr.common import Code, FitRes, Parameters, Status
 from flwr.server.strategy import FedAvg
 
 import utils
-from plumbing import wire
+from federated.errors import BadReply, FederationError
+from federated.settings import Settings
+from federated.updates import check_update, clean_metrics
 from plumbing.addresses import listening_addresses, parse_address
-from plumbing.admissions import TOKEN_SECONDS, TOKEN_USES
-from plumbing.checkpoints import (
+from plumbing.report import draw_report
+from plumbing.runs import (
     RunDirectory,
     load_checkpoint,
     load_config,
     load_weights,
     newest_run,
 )
-from plumbing.errors import BadReply, FederationError
-from plumbing.fleet import LOST, MAX_FAILURES, REVOKED, Device, Fleet
-from plumbing.gate import Gate, local_names, public_address
-from plumbing.keys import default_keys_dir
-from plumbing.report import draw_report
-from plumbing.settings import Settings
+from plumbing.security.admissions import TOKEN_SECONDS, TOKEN_USES
+from plumbing.security.gate import Gate, local_names, public_address
+from plumbing.security.keys import default_keys_dir
+from plumbing.stream import wire
+from plumbing.stream.fleet import LOST, MAX_FAILURES, REVOKED, Device, Fleet
 from plumbing.telemetry import detail
-from plumbing.updates import check_update, clean_metrics
 
 ROOT = Path(__file__).resolve().parent
 MOMENTUM = 0.9

@@ -22,8 +22,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere
 
 import utils
-from plumbing import wire
-from plumbing.transport import JOIN
+from plumbing.stream import wire
+from plumbing.stream.device import JOIN
 
 PAUSE_SECONDS = 1.0  # before a device that was cut off comes back
 OPTIONS = [

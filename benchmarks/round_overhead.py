@@ -6,7 +6,7 @@
 One server and its clients, a process each, over loopback. The clients return the weights
 that came, so a round is two transfers per client and an average. The sides take turns:
 
-    ours    server.run_round over plumbing.fleet.Fleet; plumbing.transport.serve
+    ours    server.run_round over plumbing.stream.fleet.Fleet; plumbing.stream.device.serve
     stock   flwr.server.start_server; flwr.client.start_client
     tls     ours with --secure: TLS 1.3, and a key of its own for each client
 
@@ -34,10 +34,10 @@ from flwr.client import NumPyClient
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere
 
-from plumbing import keys
-from plumbing.admissions import Admissions
-from plumbing.devices import admit
-from plumbing.settings import Settings
+from federated.settings import Settings
+from plumbing.security import keys
+from plumbing.security.admissions import Admissions
+from plumbing.security.owner import admit
 
 ROUNDS = {"Net": 200, "ResNet18": 12}  # 1 s and more on either side
 AIMS = {"Net": 1.0, "ResNet18": 0.5}
@@ -175,9 +175,9 @@ def our_server(
 ) -> None:
     import server
     import utils
-    from plumbing import wire
-    from plumbing.fleet import Fleet
-    from plumbing.gate import Gate
+    from plumbing.security.gate import Gate
+    from plumbing.stream import wire
+    from plumbing.stream.fleet import Fleet
 
     net = utils.build_model(model)
     names, weights = list(net.state_dict()), utils.get_weights(net)
@@ -213,8 +213,8 @@ def our_server(
 
 
 def our_client(address: str, cid: str, directory: Path | None) -> None:
-    from plumbing.identity import Identity
-    from plumbing.transport import serve
+    from plumbing.security.identity import Identity
+    from plumbing.stream.device import serve
 
     identity = Identity(directory / f"device-{cid}.pem", cid) if directory else None
     wait_until_listening(address)

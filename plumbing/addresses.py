@@ -5,7 +5,7 @@ import ipaddress
 import re
 import socket
 
-from plumbing.errors import FederationError
+from federated.errors import FederationError
 
 
 def check_cid(cid: str) -> None:

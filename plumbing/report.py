@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plumbing.errors import FederationError
+from federated.errors import FederationError
 
 
 def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> None:

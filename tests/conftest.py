@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from plumbing.fleet import Fleet
+from plumbing.stream.fleet import Fleet
 
 ROOT = Path(__file__).resolve().parent.parent
 

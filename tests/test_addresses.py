@@ -4,6 +4,7 @@ import socket
 
 import pytest
 
+from federated.errors import FederationError
 from plumbing.addresses import (
     UnknownHost,
     join_address,
@@ -12,7 +13,6 @@ from plumbing.addresses import (
     reachable_address,
     resolve,
 )
-from plumbing.errors import FederationError
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""plumbing/checkpoints.py"""
+"""plumbing/runs.py"""
 
 import json
 
@@ -7,9 +7,9 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from plumbing import checkpoints
-from plumbing.checkpoints import RunDirectory, load_checkpoint, load_weights
-from plumbing.errors import FederationError
+from federated.errors import FederationError
+from plumbing import runs as checkpoints
+from plumbing.runs import RunDirectory, load_checkpoint, load_weights
 
 WEIGHTS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(7)}
 CONFIG = {"model": "Net", "classes": ["milk", "tomato"]}

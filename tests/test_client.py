@@ -13,8 +13,8 @@ import torch
 
 import client
 import utils
-from plumbing.errors import FederationError
-from plumbing.identity import open_identity
+from federated.errors import FederationError
+from plumbing.security.identity import open_identity
 from tests.conftest import ROOT
 
 DATA = "synthetic:400"

@@ -1,4 +1,4 @@
-"""plumbing/fleet.py and plumbing/transport.py against each other, over real gRPC."""
+"""plumbing/stream/fleet.py and plumbing/stream/device.py against each other, over real gRPC."""
 
 import contextlib
 import threading
@@ -13,9 +13,10 @@ from flwr.client import NumPyClient
 from flwr.common import Parameters
 
 import server
-from plumbing import transport, wire
-from plumbing.errors import FederationError, Refused
-from plumbing.fleet import Device, Fleet, Reply
+from federated.errors import FederationError, Refused
+from plumbing.stream import device as transport
+from plumbing.stream import wire
+from plumbing.stream.fleet import Device, Fleet, Reply
 
 WEIGHTS = [np.zeros((3, 2), np.float32), np.ones(4, np.float32)]
 NAMES = ["a", "b"]

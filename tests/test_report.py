@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from plumbing.checkpoints import RunDirectory
 from plumbing.report import draw_report
+from plumbing.runs import RunDirectory
 
 
 def test_report_is_a_picture_also_with_devices_that_come_and_go(tmp_path):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from plumbing import wire
-from plumbing.errors import FederationError
-from plumbing.settings import Settings
+from federated.errors import FederationError
+from federated.settings import Settings
+from plumbing.stream import wire
 
 SETTINGS = Settings(
     lr=0.03,

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from federated.updates import clean_metrics
 from plumbing.telemetry import THROTTLED_BITS, Telemetry, detail
-from plumbing.updates import clean_metrics
 
 OFF = object()  # a sensor without power: its file opens, reading it fails with EAGAIN
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from plumbing.errors import BadReply
-from plumbing.updates import MAX_EXAMPLES, check_update, clean_metrics
+from federated.errors import BadReply
+from federated.updates import MAX_EXAMPLES, check_update, clean_metrics
 
 NAMES = ["fc.weight", "fc.bias", "batches"]
 MODEL = [np.zeros((2, 3), np.float32), np.zeros(2, np.float32), np.array(5)]

@@ -10,8 +10,8 @@ from flwr.proto.transport_pb2 import ClientMessage, Reason, ServerMessage
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from plumbing import wire
-from plumbing.errors import BadReply, FederationError
+from federated.errors import BadReply, FederationError
+from plumbing.stream import wire
 
 ARRAYS = {
     "float32": np.arange(6, dtype=np.float32).reshape(2, 3),

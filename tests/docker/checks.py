@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import Process  # noqa: E402
 from test_data import Mirror, tiny_cifar10  # noqa: E402
 
-from plumbing.keys import Token  # noqa: E402
+from plumbing.security.keys import Token  # noqa: E402
 
 NAME = f"flower-test-{os.getpid()}"
 BASE, CLIENT = "flower-embedded-base:cpu", "flower-embedded:cpu"
@@ -468,7 +468,7 @@ def edit(folder: Path) -> None:
     tree.mkdir()
     for name in ("run_pi.sh", "Dockerfile", ".dockerignore", "client.py", "utils.py"):
         shutil.copy2(ROOT / name, tree)
-    for name in ("base_images", "plumbing"):
+    for name in ("base_images", "federated", "plumbing"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     utils = tree / "utils.py"
     utils.write_text(

@@ -68,7 +68,8 @@ def edited_client(launch: Callable[..., Process], tmp_path: Path) -> Callable[..
     def start(address: str, cid: str | int, line: str, replacement: str) -> Process:
         home = tmp_path / f"edited-{cid}"
         home.mkdir()
-        (home / "plumbing").symlink_to(ROOT / "plumbing")
+        for room in ("federated", "plumbing"):
+            (home / room).symlink_to(ROOT / room)
         (home / "client.py").write_text((ROOT / "client.py").read_text())
         text = (ROOT / "utils.py").read_text()
         assert text.count(line) == 1, f"{line!r} is not once in utils.py"

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from flwr.client import NumPyClient
 
-from plumbing import transport
-from plumbing.errors import FederationError
-from plumbing.identity import open_identity
+from federated.errors import FederationError
+from plumbing.security.identity import open_identity
+from plumbing.stream import device as transport
 
 
 class Adder(NumPyClient):

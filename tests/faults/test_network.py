@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from plumbing import transport
+from plumbing.stream import device as transport
 from tests.conftest import ROOT, Process
 from tests.faults.conftest import LONG
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from plumbing import wire
-from plumbing.transport import JOIN
+from plumbing.stream import wire
+from plumbing.stream.device import JOIN
 
 LONG = os.environ.get("LONG") == "1"
 TIMES = 1000 if LONG else 150

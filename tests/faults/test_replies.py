@@ -28,9 +28,9 @@ from hypothesis import strategies as st
 
 import server
 import utils
-from plumbing import wire
-from plumbing.fleet import Device, Fleet, Reply
-from plumbing.transport import JOIN
+from plumbing.stream import wire
+from plumbing.stream.device import JOIN
+from plumbing.stream.fleet import Device, Fleet, Reply
 
 LONG = os.environ.get("LONG") == "1"
 CLASSES = json.dumps([f"pattern {i}" for i in range(10)])  # of the synthetic images
@@ -543,7 +543,7 @@ def test_a_large_model_arrives_whole_or_in_pieces(in_pieces, monkeypatch):
     """Weights of several pieces, to a device that takes them so and to one that does not."""
     from flwr.client import NumPyClient
 
-    from plumbing import transport
+    from plumbing.stream import device as transport
 
     monkeypatch.setattr(wire, "PIECE_BYTES", 1000)
     rng = np.random.default_rng(0)

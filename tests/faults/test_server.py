@@ -358,7 +358,7 @@ def test_run_directory_removed_in_mid_run_is_told_and_made_anew(
 @pytest.fixture
 def finished_run(tmp_path: Path) -> Path:
     """The directory of a run that was killed after its first round of three."""
-    from plumbing.checkpoints import RunDirectory
+    from plumbing.runs import RunDirectory
 
     args = server.parse_args(["--data_dir=synthetic:400", "--server_address=127.0.0.1:0"])
     classes = [f"pattern {i}" for i in range(10)]

@@ -27,12 +27,13 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from plumbing import gate as gate_module
-from plumbing import keys, transport
 from plumbing.addresses import parse_address
-from plumbing.fleet import Fleet
-from plumbing.gate import Gate
-from plumbing.identity import ENROL, ENROL_REQUEST, Identity
+from plumbing.security import gate as gate_module
+from plumbing.security import keys
+from plumbing.security.gate import Gate
+from plumbing.security.identity import ENROL, ENROL_REQUEST, Identity
+from plumbing.stream import device as transport
+from plumbing.stream.fleet import Fleet
 from tests.conftest import ROOT, Process
 from tests.test_fleet import Adder
 

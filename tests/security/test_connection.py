@@ -12,9 +12,10 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from plumbing import keys, transport
+from federated.errors import FederationError, Refused
 from plumbing.addresses import parse_address
-from plumbing.errors import FederationError, Refused
+from plumbing.security import keys
+from plumbing.stream import device as transport
 from tests.security.conftest import (
     HOUR,
     admitted,

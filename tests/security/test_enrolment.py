@@ -20,11 +20,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from plumbing import gate as gate_module
-from plumbing import keys, transport
-from plumbing.errors import FederationError, Refused
-from plumbing.gate import WAITING_EACH, Gate
-from plumbing.identity import ENROL, ENROL_REQUEST
+from federated.errors import FederationError, Refused
+from plumbing.security import gate as gate_module
+from plumbing.security import keys
+from plumbing.security.gate import WAITING_EACH, Gate
+from plumbing.security.identity import ENROL, ENROL_REQUEST
+from plumbing.stream import device as transport
 from tests.conftest import ROOT
 from tests.security.conftest import (
     LONG,
@@ -294,8 +295,8 @@ messages = (
 SERVER = """
     import sys, threading
     from pathlib import Path
-    from plumbing import gate
-    from plumbing.fleet import Fleet
+    from plumbing.security import gate
+    from plumbing.stream.fleet import Fleet
     gate.PENALTY_SECONDS, gate.TELL_SECONDS = 0.0, 0.5
     say = lambda *what: print(*what, flush=True)
     door = gate.Gate(Path(sys.argv[1]), lambda: ["127.0.0.1"], say)

@@ -12,20 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from plumbing import keys
-from plumbing.admissions import Admissions
-from plumbing.errors import FederationError
-from plumbing.gate import Gate, local_names, public_address
-from plumbing.identity import open_identity
+from federated.errors import FederationError
+from plumbing.security import keys
+from plumbing.security.admissions import Admissions
+from plumbing.security.gate import Gate, local_names, public_address
+from plumbing.security.identity import open_identity
 from tests.conftest import ROOT
 from tests.security.conftest import admitted, hello, run_python, token_for
 
 MAKE = """
     import sys
     from pathlib import Path
-    from plumbing.admissions import Admissions
-    from plumbing.errors import FederationError
-    from plumbing.keys import Authority
+    from plumbing.security.admissions import Admissions
+    from federated.errors import FederationError
+    from plumbing.security.keys import Authority
     try:
         authority = Authority(Path(sys.argv[1]))
         Admissions(Path(sys.argv[1])).make_token(authority.hash)
@@ -85,9 +85,9 @@ def test_directory_of_another_user_is_told_in_one_line():
     code = """
         import os, sys
         from pathlib import Path
-        from plumbing.errors import FederationError
-        from plumbing.identity import open_identity
-        from plumbing.keys import Authority
+        from federated.errors import FederationError
+        from plumbing.security.identity import open_identity
+        from plumbing.security.keys import Authority
         os.setresuid(65534, 65534, 65534)
         for use in (lambda path: open_identity(path, "0", None), Authority):
             try:
@@ -143,8 +143,8 @@ def test_killed_at_any_step_of_the_first_start_the_next_one_works(tmp_path):
     code = """
         import os, signal, sys
         from pathlib import Path
-        from plumbing.admissions import Admissions
-        from plumbing.keys import Authority
+        from plumbing.security.admissions import Admissions
+        from plumbing.security.keys import Authority
 
         def make(place, left):
             def hook(event, args):
@@ -286,7 +286,7 @@ def test_name_that_is_none_is_told(name):
 )
 def test_public_address_is_found(monkeypatch, server_address, public):
     here = ["127.0.0.1", "10.0.0.1", "9.9.9.9", "fd00::1"]
-    monkeypatch.setattr("plumbing.gate.local_addresses", lambda: here)
+    monkeypatch.setattr("plumbing.security.gate.local_addresses", lambda: here)
     assert public_address(server_address) == public
 
 
@@ -304,5 +304,5 @@ def test_name_whose_first_address_is_dead_is_tried_at_the_next(open_fleet, ident
     fleet = open_fleet()
     port = int(fleet.address.rpartition(":")[2])
     both = [("::1", port), ("127.0.0.1", port)]  # as localhost often is
-    monkeypatch.setattr("plumbing.identity.resolve", lambda address: both)
+    monkeypatch.setattr("plumbing.security.identity.resolve", lambda address: both)
     identity("0", token=token_for(fleet.gate)).prepare(f"localhost:{port}", 5)

@@ -9,11 +9,11 @@ import pytest
 
 import client
 import server
-from plumbing import devices as devices_module
-from plumbing import keys
-from plumbing.errors import FederationError, Refused
-from plumbing.fleet import Fleet
-from plumbing.identity import open_identity
+from federated.errors import FederationError, Refused
+from plumbing.security import keys
+from plumbing.security import owner as devices_module
+from plumbing.security.identity import open_identity
+from plumbing.stream.fleet import Fleet
 from tests.security.conftest import admitted, rogue, run_python, serve, token_for
 from tests.test_bad_input import complaint
 
@@ -84,7 +84,7 @@ def test_second_address_that_is_in_use_is_told(tmp_path):
 
 
 def test_server_that_the_internet_can_reach_insists_on_a_word(monkeypatch):
-    monkeypatch.setattr("plumbing.gate.local_addresses", lambda: ["127.0.0.1", "9.9.9.9"])
+    monkeypatch.setattr("plumbing.security.gate.local_addresses", lambda: ["127.0.0.1", "9.9.9.9"])
     line = complaint(server.main, "--server_address=0.0.0.0:0", "--data_dir=synthetic:400")
     assert "could be reached from the Internet, at 9.9.9.9, and anyone could join; say" in line
     assert "--secure" in line and "--insecure" in line

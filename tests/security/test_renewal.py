@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 from cryptography import x509
 
-from plumbing import admissions as admissions_module
-from plumbing import gate as gate_module
-from plumbing import identity as identity_module
-from plumbing import keys
-from plumbing.errors import FederationError, Refused
+from federated.errors import FederationError, Refused
+from plumbing.security import admissions as admissions_module
+from plumbing.security import gate as gate_module
+from plumbing.security import identity as identity_module
+from plumbing.security import keys
 from tests.security.conftest import (
     HOUR,
     admitted,

@@ -12,10 +12,11 @@ import pytest
 from flwr.common import Parameters
 
 import server
-from plumbing import admissions as admissions_module
-from plumbing import fleet as fleet_module
-from plumbing import transport, wire
-from plumbing.errors import FederationError, Refused
+from federated.errors import FederationError, Refused
+from plumbing.security import admissions as admissions_module
+from plumbing.stream import device as transport
+from plumbing.stream import fleet as fleet_module
+from plumbing.stream import wire
 from tests.security.conftest import admitted, channel, hello, serve, token_for, wait_until
 from tests.test_fleet import NAMES, WEIGHTS, Adder
 

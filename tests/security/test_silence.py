@@ -9,9 +9,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from plumbing import fleet as fleet_module
-from plumbing import transport, wire
 from plumbing.addresses import parse_address
+from plumbing.stream import device as transport
+from plumbing.stream import fleet as fleet_module
+from plumbing.stream import wire
 from tests.security.conftest import LONG, admitted, channel, hello, token_for, wait_until
 
 HALF_OPEN = 2000 if LONG else 300

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from plumbing import keys
+from plumbing.security import keys
 from tests.conftest import ROOT
 from tests.security.conftest import run_python, token_in
 

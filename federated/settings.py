@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from plumbing.errors import FederationError
+from federated.errors import FederationError
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.criterion import Criterion
 
-from plumbing import wire
+from federated.errors import BadReply, FederationError
+from federated.updates import clean_metrics
 from plumbing.addresses import check_cid, join_address, listening_addresses, reachable_address
-from plumbing.errors import BadReply, FederationError
-from plumbing.gate import Gate, peer_address
-from plumbing.updates import clean_metrics
+from plumbing.security.gate import Gate, peer_address
+from plumbing.stream import wire
 
 GREETING_SECONDS = 300.0  # to say what it is; a Pi may have to cut its partition first
 GOODBYE_SECONDS = 5.0

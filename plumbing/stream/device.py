@@ -18,10 +18,10 @@ import grpc
 import numpy as np
 from flwr.client import NumPyClient
 
-from plumbing import wire
+from federated.errors import FederationError, NotYet, Refused
 from plumbing.addresses import UnknownHost, resolve
-from plumbing.errors import FederationError, NotYet, Refused
-from plumbing.identity import NO_PROXY, Identity, explain
+from plumbing.security.identity import NO_PROXY, Identity, explain
+from plumbing.stream import wire
 
 logger = logging.getLogger(__name__)
 
@@ -309,7 +309,7 @@ def _join(
         # Find out a server that fell silent, or a link that died without a word.
         ("grpc.keepalive_time_ms", int(keepalive_seconds * 1000)),
         ("grpc.keepalive_timeout_ms", int(keepalive_seconds * 500)),
-        # As the server's: see plumbing/fleet.py.
+        # As the server's: see plumbing/stream/fleet.py.
         ("grpc.http2.ping_timeout_ms", int(min(keepalive_seconds * 1.8, 60) * 1000)),
         ("grpc.http2.max_pings_without_data", 0),
     ]

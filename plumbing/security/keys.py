@@ -42,7 +42,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from plumbing.errors import FederationError
+from federated.errors import FederationError
 
 DAY = datetime.timedelta(days=1)
 CLOCK_SLACK = DAY  # certificates begin so much earlier: a Pi has no clock of its own

@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from plumbing import keys
+from federated.errors import FederationError
 from plumbing.addresses import check_cid
-from plumbing.admissions import TOKEN_SECONDS, TOKEN_USES, Admissions
-from plumbing.errors import FederationError
+from plumbing.security import keys
+from plumbing.security.admissions import TOKEN_SECONDS, TOKEN_USES, Admissions
 
 MOST = 1_000_000  # hours or uses of a token
 

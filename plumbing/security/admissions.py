@@ -13,8 +13,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing.errors import FederationError
-from plumbing.keys import DAY, SECRET_BYTES, Token, locked
+from federated.errors import FederationError
+from plumbing.security.keys import DAY, SECRET_BYTES, Token, locked
 
 TOKEN_SECONDS = 24 * 3600.0
 TOKEN_USES = 10

@@ -19,7 +19,7 @@ from flwr.common import serde
 from flwr.proto.transport_pb2 import ClientMessage, Code, Parameters, Reason, ServerMessage
 from google.protobuf.message import DecodeError
 
-from plumbing.errors import BadReply, FederationError
+from federated.errors import BadReply, FederationError
 
 Weights = Sequence[np.ndarray]
 Scalars = dict[str, Any]  # Flower's config, properties and metrics: bool, bytes, float, int, str

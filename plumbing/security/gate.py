@@ -27,11 +27,11 @@ import grpc
 import psutil
 from cryptography import x509
 
-from plumbing import keys
+from federated.errors import FederationError
 from plumbing.addresses import check_cid, parse_address, resolve
-from plumbing.admissions import Admissions, ListProblem
-from plumbing.errors import FederationError
-from plumbing.identity import ENROL_REQUEST
+from plumbing.security import keys
+from plumbing.security.admissions import Admissions, ListProblem
+from plumbing.security.identity import ENROL_REQUEST
 
 WAITING = 64  # enrolments at a time
 WAITING_EACH = 8  # of them from one address; whoever comes on top is turned away

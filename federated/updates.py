@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from plumbing.errors import BadReply
+from federated.errors import BadReply
 
 MAX_EXAMPLES = 100_000_000  # more images than any board holds
 

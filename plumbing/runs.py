@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from plumbing.errors import FederationError
+from federated.errors import FederationError
 
 STATE = "strategy/"  # before the names of a strategy's own arrays
 NO_JSON = (ValueError, RecursionError)  # what json.loads raises for bytes from anywhere

@@ -21,9 +21,9 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from plumbing import keys
+from federated.errors import FederationError, NotYet, Refused
 from plumbing.addresses import parse_address, resolve
-from plumbing.errors import FederationError, NotYet, Refused
+from plumbing.security import keys
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The algorithms: updates, strategies, rounds. No sockets and no torch in here."""

@@ -1,0 +1,1 @@
+"""Who may take part: keys, admission, and the commands of the owner of a server."""
