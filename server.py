@@ -58,6 +58,7 @@ from plumbing.runs import (
     newest_run,
 )
 from plumbing.security.admissions import TOKEN_SECONDS, TOKEN_USES
+from plumbing.security.complaints import Refusals, bounded
 from plumbing.security.gate import Gate, local_names, public_address
 from plumbing.security.keys import default_keys_dir
 from plumbing.stream import wire
@@ -361,7 +362,8 @@ def describe(device: Device) -> str:
 
 def print_event(device: Device, event: str) -> None:
     """Tell who joined or left."""
-    tell(f"{device.name} {event}" + (f": {describe(device)}" if event == "joined" else ""))
+    about = f": {describe(device)}" if event == "joined" else ""
+    tell(bounded(f"{device.name} {event}{about}"))
 
 
 def say(line: str) -> None:
@@ -741,7 +743,7 @@ def run(args: argparse.Namespace) -> None:
         greeting=settings(1).to_config(),
         admit=partial(refusal, model=args.model, classes=testset.classes),
         announce=print_event,
-        refuse=lambda who, reason: tell(f"refused {who}: {reason}"),
+        refuse=(gate.refusals if gate else Refusals(tell)).add,
         model_bytes=model_bytes,
         gate=gate,
         stock_address=args.unauthenticated_address,

@@ -17,8 +17,9 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -31,15 +32,14 @@ from federated.errors import FederationError
 from plumbing.addresses import check_cid, parse_address, resolve
 from plumbing.security import keys
 from plumbing.security.admissions import Admissions, ListProblem
+from plumbing.security.complaints import Refusals
 from plumbing.security.identity import ENROL_REQUEST
 
 WAITING = 64  # enrolments at a time
 WAITING_EACH = 8  # of them from one address; whoever comes on top is turned away
 PENALTY_SECONDS = 1.0  # so long the answer to a wrong token takes
 TRY_LATER = "the server cannot use its list of devices for now, try later"
-TELL_SECONDS = 10.0  # so often refusals are told, with their number
-TELL_LINES = 10  # at a time; the others are counted
-TELL_KINDS = 1000  # of refusals that are told apart between two times
+PROBLEM_SECONDS = 10.0  # from one line on a list that cannot be used to the next
 LOOK_SECONDS = 10.0  # so often the machine's addresses are looked at
 
 
@@ -124,6 +124,46 @@ class _ServerCertificate:
             return self.make(names | self.certified)
 
 
+@dataclass(frozen=True)
+class Peer:
+    """Whom a caller's certificate proves it to be; both are "" for a caller that needs none."""
+
+    cid: str = ""
+    key_hash: str = ""
+
+
+class Door(grpc.aio.ServerInterceptor):
+    """What every call passes: a handler hears only of peers that the gate admits.
+
+    Handlers stream both ways and take the Peer as their third argument, so that one which is
+    registered at a server without a door fails at its first call.
+
+    Args:
+        gate: None for an open server, where everybody may call everything.
+        open_methods: such as /package.Service/Method, that need no admission.
+    """
+
+    def __init__(self, gate: "Gate | None", open_methods: Iterable[str] = ()) -> None:
+        self.gate = gate
+        self.open_methods = frozenset(open_methods)
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler | None:
+        handler = await continuation(details)
+        if handler is None:  # no such method, as gRPC answers by itself
+            return None
+        if not handler.stream_stream:
+            raise TypeError(f"{details.method} does not stream both ways")
+        gate = None if details.method in self.open_methods else self.gate
+
+        async def guarded(messages: Any, context: grpc.aio.ServicerContext) -> None:
+            peer = await gate.check(context) if gate else Peer()
+            await handler.stream_stream(messages, context, peer)
+
+        return grpc.stream_stream_rpc_method_handler(guarded)
+
+
 class Gate:
     """TLS and admission for a Fleet.
 
@@ -144,10 +184,10 @@ class Gate:
         self.admissions = Admissions(directory)
         self.names = names
         self.tell = tell
+        self._open_address = False  # whether there is one for stock clients
         self._waiting: Counter[str] = Counter()  # enrolments by address
-        self._refused: Counter[tuple[str, str]] = Counter()  # not told yet, by address and reason
-        self._telling = False
-        self._problem_told = -TELL_SECONDS
+        self.refusals = Refusals(tell)
+        self._problem_told = -PROBLEM_SECONDS
         # Apart, so that devices get in while another program keeps the list from being written.
         self._reads = ThreadPoolExecutor(4, "list-read")
         self._writes = ThreadPoolExecutor(1, "list-write")
@@ -156,16 +196,16 @@ class Gate:
         """Return TLS for a port; without `demand_key` for stock clients, which have none."""
         certificate = _ServerCertificate(self.authority, self.names)
         first = certificate.make(set(self.names()))
+        self._open_address |= not demand_key
         return grpc.dynamic_ssl_server_credentials(first, certificate, demand_key)
 
-    async def check(self, context: grpc.aio.ServicerContext) -> tuple[str, str]:
-        """Return the cid and key hash that the peer's certificate proves; hang up if it may not in.
-
-        Both are "" for a stock client at the address that is open to them.
-        """
+    async def check(self, context: grpc.aio.ServicerContext) -> Peer:
+        """Return whom the certificate proves the peer to be; end the call if it may not in."""
         presented = context.auth_context().get("x509_pem_cert")
         if not presented:
-            return "", ""
+            if not self._open_address:  # TLS demands a key at the other one
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a key is needed here")
+            return Peer()
         if presented[0] == keys.nobody()[1]:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "join with --join=TOKEN first")
         certificate = x509.load_pem_x509_certificate(presented[0])
@@ -180,9 +220,9 @@ class Gate:
                 self._tell_problem(error)
                 await context.abort(grpc.StatusCode.ABORTED, TRY_LATER)
         if objection:
-            self._refuse(peer_address(context), objection)
+            self.refusals.add(peer_address(context), objection)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, objection)
-        return cid, key_hash
+        return Peer(cid, key_hash)
 
     async def note_seen(self, devices: Iterable[Any]) -> None:
         """Note for the owner's list which devices are here; if need be later, or not at all."""
@@ -207,7 +247,7 @@ class Gate:
             return [d for d in devices if d.revoked]
         return [d for d in devices if d.key_hash and (d.cid, d.key_hash) not in admitted]
 
-    async def enrol(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+    async def enrol(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
         """Sign a certificate for the key of a device that has a token.
 
         The request travels in the call's metadata, of which gRPC takes 16 kB and no more: of
@@ -216,7 +256,7 @@ class Gate:
         address = peer_address(context)
         with self._wait_for(address) as may_wait:
             if not may_wait:
-                self._refuse(address, "too many enrolments at a time")
+                self.refusals.add(address, "too many enrolments at a time")
                 await context.abort(grpc.StatusCode.ABORTED, "too many enrol at a time, try later")
             try:
                 cid, token, csr = _read_request(context)
@@ -232,20 +272,19 @@ class Gate:
                 self._tell_problem(error)
                 await context.abort(grpc.StatusCode.ABORTED, TRY_LATER)
             except FederationError as error:
-                self._refuse(address, str(error))
+                self.refusals.add(address, str(error))
                 await asyncio.sleep(PENALTY_SECONDS)
                 await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
         self.tell(f"device {cid} was admitted from {address}, key {keys.key_hash(csr)[:16]}…")
         await context.write(certificate)
 
-    async def renew(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+    async def renew(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
         """Sign a new certificate for the key by which a device is connected."""
-        cid, _key_hash = await self.check(context)
-        pem = context.auth_context().get("x509_pem_cert")
-        if not pem:
+        if not peer.key_hash:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "there is no key to certify")
-        public_key = keys.p256_key(x509.load_pem_x509_certificate(pem[0]))
-        await context.write(self.authority.sign_device(cid, public_key))
+        (pem,) = context.auth_context()["x509_pem_cert"]
+        public_key = keys.p256_key(x509.load_pem_x509_certificate(pem))
+        await context.write(self.authority.sign_device(peer.cid, public_key))
 
     @contextlib.contextmanager
     def _wait_for(self, address: str) -> Iterator[bool]:
@@ -261,30 +300,9 @@ class Gate:
             self._waiting[where] -= 1
             self._waiting = +self._waiting  # without those at 0
 
-    def _refuse(self, address: str, reason: str) -> None:
-        """Tell the owner, at once and then every TELL_SECONDS with the number."""
-        # The peer's own words may be in it.
-        reason = "".join(c if c.isprintable() else "?" for c in reason[:300])
-        if (address, reason) not in self._refused and len(self._refused) >= TELL_KINDS:
-            address, reason = "others", "as above"
-        self._refused[address, reason] += 1
-        if not self._telling:
-            self._tell_refused()
-
-    def _tell_refused(self) -> None:
-        self._telling = bool(self._refused)
-        for (address, reason), times in self._refused.most_common(TELL_LINES):
-            self.tell(f"refused {address}{f' {times:,} times' if times > 1 else ''}: {reason}")
-            del self._refused[address, reason]
-        if self._refused:
-            self.tell(f"refused others {self._refused.total():,} times, for like reasons")
-        self._refused.clear()
-        if self._telling:
-            asyncio.get_running_loop().call_later(TELL_SECONDS, self._tell_refused)
-
     def _tell_problem(self, error: ListProblem) -> None:
-        """Tell the owner that the list cannot be used, every TELL_SECONDS at most."""
-        if time.monotonic() >= self._problem_told + TELL_SECONDS:
+        """Report that the list cannot be used, every PROBLEM_SECONDS at most."""
+        if time.monotonic() >= self._problem_told + PROBLEM_SECONDS:
             self._problem_told = time.monotonic()
             self.tell(str(error))
 

@@ -26,7 +26,8 @@ from flwr.server.criterion import Criterion
 from federated.errors import BadReply, FederationError
 from federated.updates import clean_metrics
 from plumbing.addresses import check_cid, join_address, listening_addresses, reachable_address
-from plumbing.security.gate import Gate, peer_address
+from plumbing.security.gate import Door, Gate, Peer, peer_address
+from plumbing.security.identity import ENROL
 from plumbing.stream import wire
 
 GREETING_SECONDS = 300.0  # to say what it is; a Pi may have to cut its partition first
@@ -329,6 +330,7 @@ class Fleet(ClientManager):
 
     async def _listen(self, server_address: str) -> str:
         self._server = grpc.aio.server(
+            interceptors=[Door(self.gate, open_methods=[ENROL])],
             options=[
                 ("grpc.so_reuseport", 0),  # else a second server would share the port unnoticed
                 ("grpc.max_receive_message_length", self.max_reply_bytes),
@@ -346,10 +348,10 @@ class Fleet(ClientManager):
                 # of the link: 1.3 MB more a device, and with 100 of ResNet18 1.01 GB, not 0.92.
                 ("grpc.http2.bdp_probe", 0),
                 ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
-            ]
+            ],
         )
         # All take a stream of bytes, since for others gRPC reads a message before we are asked.
-        methods = {"Hello": self._hello}
+        methods: dict[str, Any] = {"Hello": self._hello}
         if self.gate:
             methods |= {"Enrol": self.gate.enrol, "Renew": self.gate.renew}
         for service, its in (
@@ -406,19 +408,17 @@ class Fleet(ClientManager):
         self._notes.add(note)  # asyncio itself forgets tasks that nobody holds
         note.add_done_callback(self._notes.discard)
 
-    async def _hello(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+    async def _hello(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
         """Tell a device what it must know before it opens the stream."""
-        if self.gate:
-            await self.gate.check(context)
         await context.write(json.dumps({"keepalive_seconds": self.keepalive_seconds}).encode())
 
-    async def _join(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+    async def _join(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
         """Serve one device for as long as it is connected."""
         stream = asyncio.current_task()
         assert stream
         self._streams.add(stream)
         try:
-            device = await self._greet(context)
+            device = await self._greet(context, peer)
             device.stream = stream
             if self.gate:
                 self._note(self.gate, [device])
@@ -442,9 +442,8 @@ class Fleet(ClientManager):
         finally:
             self._streams.discard(stream)
 
-    async def _greet(self, context: grpc.aio.ServicerContext) -> Device:
+    async def _greet(self, context: grpc.aio.ServicerContext, peer: Peer) -> Device:
         """Ask the device what it is; return it, registered, or refuse it."""
-        proved_cid, key_hash = await self.gate.check(context) if self.gate else ("", "")
         await context.write(self.greeting)
         try:
             data = await asyncio.wait_for(context.read(), GREETING_SECONDS)
@@ -453,16 +452,16 @@ class Fleet(ClientManager):
             properties = wire.decode_properties_reply(data)
         except (BadReply, TimeoutError) as error:
             reason = f"it did not say what it is ({error or 'no answer'})"
-            self.refuse(f"client at {context.peer()}", reason)
+            self.refuse(peer_address(context), reason)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
         claimed = str((properties or {}).get("cid", ""))
-        if self.gate and claimed != proved_cid:
+        if self.gate and claimed != peer.cid:
             reason = (
-                f"its key is that of device {proved_cid}, it says that it is {claimed[:80]!a}"
-                if proved_cid
+                f"its key is that of device {peer.cid}, it says that it is {claimed[:80]!a}"
+                if peer.cid
                 else "here only stock Flower clients join; take the server's other address"
             )
-            self.refuse(f"client at {context.peer()}", reason)
+            self.refuse(peer_address(context), reason)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, reason)
         if not properties or "cid" not in properties:
             device = Device(f"?{next(self._numbers)}", {})
@@ -472,11 +471,11 @@ class Fleet(ClientManager):
         in_pieces = properties.pop(wire.PIECES, False) is True
         cid = str(properties["cid"])
         device = Device(cid, clean_metrics(properties), in_pieces)
-        device.address, device.key_hash = peer_address(context), key_hash
+        device.address, device.key_hash = peer_address(context), peer.key_hash
         try:
             check_cid(device.cid)
         except FederationError as error:
-            self.refuse(f"client at {context.peer()}", str(error))
+            self.refuse(peer_address(context), str(error))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         if objection := self.admit(properties):
             # Its own words are in it: on one line, and short enough for gRPC's 16 kB.
