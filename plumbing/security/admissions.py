@@ -151,12 +151,17 @@ class Admissions:
         """Take a device's admission back, and close all tokens: it may know one.
 
         Raises:
-            FederationError: there is no such device.
+            FederationError: there is no such device, or it is revoked already.
         """
         with self._open() as db:
             device = self._find(db, cid)
-            if device is None or device.revoked is not None:
-                raise FederationError(f"no device {cid} is admitted; server.py devices lists them")
+            if device is None:
+                raise FederationError(
+                    f"no device {cid[:64]!a} is admitted; server.py devices lists them"
+                )
+            if device.revoked is not None:
+                when = time.strftime("%Y-%m-%d %H:%M", time.localtime(device.revoked))
+                raise FederationError(f"device {cid} was revoked already, on {when}")
             db.execute("UPDATE devices SET revoked = ? WHERE cid = ?", [time.time(), cid])
             db.execute("DELETE FROM tokens")
 
