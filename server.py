@@ -48,6 +48,7 @@ import utils
 from federated.errors import BadReply, FederationError
 from federated.settings import Settings
 from federated.updates import check_update, clean_metrics
+from plumbing import descriptors
 from plumbing.addresses import listening_addresses, parse_address
 from plumbing.report import draw_report
 from plumbing.runs import (
@@ -655,6 +656,7 @@ def terminate(*_: object) -> NoReturn:
 def run(args: argparse.Namespace) -> None:
     """Tell the whole story: wait, train round by round, save."""
     check_args(args)
+    descriptors.check(args.min_num_clients)
     listening_addresses(args.server_address)  # a port in use is told before the data load
     gate = None
     if args.secure:
@@ -830,6 +832,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, terminate)
+    descriptors.reserve.hold()
     try:
         run(parse_args(argv))
     except (FederationError, utils.TaskError) as error:

@@ -15,8 +15,9 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 # this list names one cipher for TLS 1.2, which wants an RSA key, and all of ours are ECDSA.
 os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
 
-# And this; its notes on connections that come and go are not for the operator.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# And this; its notes on connections that come and go, or that no file descriptor is left for,
+# are not for the operator.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 # Imports make 300,000 objects that stay, and looking for garbage among them again and again takes a
 # fifth of a short run's processor time. The first look comes after so many, and what it leaves is

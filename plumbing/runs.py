@@ -17,6 +17,7 @@ import safetensors
 import safetensors.numpy
 
 from federated.errors import FederationError
+from plumbing import descriptors
 
 STATE = "strategy/"  # before the names of a strategy's own arrays
 NO_JSON = (ValueError, RecursionError)  # what json.loads raises for bytes from anywhere
@@ -107,7 +108,7 @@ class RunDirectory:
                     "made it anew",
                     file=sys.stderr,
                 )
-            self._append_metrics()
+            descriptors.reserve.call(self._append_metrics)
             self._write_weights("checkpoint.safetensors", named, server_round)
             self._problem, self.saved_round = None, server_round
         except OSError as error:
@@ -157,6 +158,10 @@ class RunDirectory:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a power cut, sees the old one or the new one."""
+    descriptors.reserve.call(lambda: _write_whole(path, data))
+
+
+def _write_whole(path: Path, data: bytes) -> None:
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:

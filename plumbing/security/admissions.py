@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from federated.errors import FederationError
+from plumbing import descriptors
 from plumbing.security.keys import DAY, SECRET_BYTES, Token, locked
 
 TOKEN_SECONDS = 24 * 3600.0
@@ -196,7 +197,10 @@ class Admissions:
         try:
             # Not made anew if somebody removed it: an empty list would be a wrong one.
             uri = f"{self.path.absolute().as_uri()}?mode=rw"
-            with closing(sqlite3.connect(uri, BUSY_SECONDS, isolation_level=None, uri=True)) as db:
+            with (
+                descriptors.reserve.released(),
+                closing(sqlite3.connect(uri, BUSY_SECONDS, isolation_level=None, uri=True)) as db,
+            ):
                 # Who is told that it is admitted must be so after a power cut, too.
                 db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
                 db.execute(f"BEGIN {kind}")

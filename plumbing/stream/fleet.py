@@ -25,6 +25,7 @@ from flwr.server.criterion import Criterion
 
 from federated.errors import BadReply, FederationError
 from federated.updates import clean_metrics
+from plumbing import descriptors
 from plumbing.addresses import check_cid, join_address, listening_addresses, reachable_address
 from plumbing.security.gate import Door, Gate, Peer, peer_address
 from plumbing.security.identity import ENROL
@@ -33,8 +34,10 @@ from plumbing.stream import wire
 GREETING_SECONDS = 300.0  # to say what it is; a Pi may have to cut its partition first
 GOODBYE_SECONDS = 5.0
 PAUSE_SECONDS = 5  # then devices come back to a server that was interrupted
-HANDSHAKE_SECONDS = 10  # for a connection to speak HTTP/2
-IDLE_SECONDS = 60  # then a connection without a call is closed; a device's stream is one
+# For a connection to speak TLS and HTTP/2: that takes a Pi 3 some 20 ms of processor time, and
+# 1,000 devices that come at once take a server 3.3 s.
+HANDSHAKE_SECONDS = 5
+IDLE_SECONDS = 10  # then a connection without a call is closed; a device's stream is one
 MAX_FAILURES = 3  # bad replies in a row; then a device is left out
 
 # How much of large models is in memory at a time; the devices take turns, those that send
@@ -52,6 +55,7 @@ M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 16
 
 WATCH_SECONDS = 1.0  # how often the owner's list is looked at for devices that were revoked
 NOTE_EVERY = 30  # of these times it is told who is here
+SHORTAGE_SECONDS = 60.0  # from one line on missing file descriptors to the next
 
 LOST = "the connection broke"
 REVOKED = "it was revoked"
@@ -368,6 +372,7 @@ class Fleet(ClientManager):
                 self.stock_address, self.gate.credentials(demand_key=False)
             )
         await self._server.start()
+        self._shortage_task = asyncio.create_task(self._report_shortage())
         if self.gate:
             self._watch_task = asyncio.create_task(self._watch(self.gate))
         return address
@@ -401,6 +406,13 @@ class Fleet(ClientManager):
                     device.exchange.settle(Reply(device, None, REVOKED))
                 if device.stream:
                     device.stream.cancel()
+
+    async def _report_shortage(self) -> None:
+        """Report when no connection can be accepted because file descriptors are lacking."""
+        while True:
+            if problem := descriptors.shortage():
+                self.refuse("further connections", problem)
+            await asyncio.sleep(SHORTAGE_SECONDS if problem else WATCH_SECONDS)
 
     def _note(self, gate: Gate, devices: list[Device]) -> None:
         """Let the owner's list know who is here, without waiting for it."""
@@ -643,6 +655,7 @@ class Fleet(ClientManager):
 
     async def _stop(self, run_is_over: bool) -> None:
         self.closing = True
+        self._shortage_task.cancel()
         if self._watch_task:
             self._watch_task.cancel()
         told = [d for d in self.devices.values() if run_is_over or not d.busy]
