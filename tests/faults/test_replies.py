@@ -127,6 +127,12 @@ def pickled_objects() -> bytes:
     return b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + content
 
 
+def headed(shape: str) -> bytes:
+    """Return one float32 with an .npy header that gives it any `shape`."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(4)
+
+
 def bad_tensors() -> dict[str, tuple[list[bytes], str]]:
     """Return, for each kind of bad weights, the packed arrays and the reason to be told."""
     good = [npy(w) for w in initial_weights()]
@@ -157,6 +163,8 @@ def bad_tensors() -> dict[str, tuple[list[bytes], str]]:
         "bytes that are no array": ([b"x" * 2000, *rest], "an array's header takes"),
         "half of an array": ([good[0][:1000], *rest], "872 bytes for an array of shape"),
         "an array of no bytes": ([b"", *rest], "an array"),
+        "True for a size": ([headed("(True,)"), *rest], "an array of shape (True,)"),
+        "70 dimensions": ([headed(f"({'1, ' * 70})"), *rest], "an array of 70 dimensions"),
     }
 
 
@@ -541,8 +549,6 @@ def test_hung_device_does_not_keep_the_weights_of_its_round():
 @pytest.mark.parametrize("in_pieces", [False, True])
 def test_a_large_model_arrives_whole_or_in_pieces(in_pieces, monkeypatch):
     """Weights of several pieces, to a device that takes them so and to one that does not."""
-    from flwr.client import NumPyClient
-
     from plumbing.stream import device as transport
 
     monkeypatch.setattr(wire, "PIECE_BYTES", 1000)
@@ -551,7 +557,7 @@ def test_a_large_model_arrives_whole_or_in_pieces(in_pieces, monkeypatch):
     names = [f"w{i}" for i in range(len(weights))]
     messages: list[int] = []
 
-    class Adder(NumPyClient):
+    class Adder:
         def get_properties(self, config):
             return {"cid": "0"}
 
