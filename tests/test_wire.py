@@ -128,7 +128,7 @@ def test_arrays_at_any_place_in_a_message_come_out_aligned():
 
 
 def npy(header: str, content: bytes = b"", version: bytes = b"\1\0") -> bytes:
-    text = header.encode()
+    text = header.encode("latin-1")
     return b"\x93NUMPY" + version + len(text).to_bytes(2, "little") + text + content
 
 
@@ -306,6 +306,7 @@ BAD_REPLIES = {
     "another reply": (wire.encode_properties_reply({}), "a message of type get_properties_res"),
     "a goodbye": (wire.encode_done_reply(True), "a message of type disconnect_res"),
     "a tensor of noise": (fit_reply(b"x" * 200), "an array"),
+    "an escape code": (fit_reply(npy(header("(1,)", "'<0f4\x9b2J'"))), r"\x9b2J"),
     "a pickle": (fit_reply(BAD_ARRAYS["objects"]), "type object"),
 }
 
@@ -315,6 +316,7 @@ def test_a_reply_that_makes_no_sense_is_a_bad_reply_with_its_reason(data, reason
     with pytest.raises(BadReply) as error:
         wire.decode_fit_reply(data)
     assert reason in str(error.value)
+    assert str(error.value).isprintable()
 
 
 def test_a_device_that_could_not_train_is_quoted():

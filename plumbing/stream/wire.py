@@ -66,7 +66,8 @@ def untrusted() -> Iterator[None]:
         reason = str(error)
         if not isinstance(error, BadReply):
             reason = f"bytes that cannot be read ({type(error).__name__}: {reason})"
-        reason = reason if reason.isprintable() else ascii(reason[:MAX_REASON])
+        if not reason.isprintable():
+            reason = ascii(reason[:MAX_REASON])[1:-1]
         raise BadReply(reason[:MAX_REASON]) from error
 
 
