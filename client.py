@@ -31,7 +31,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from flwr.client import NumPyClient
 
 import utils
 from federated.errors import FederationError
@@ -46,7 +45,7 @@ from plumbing.telemetry import Telemetry
 ROOT = Path(__file__).resolve().parent
 
 
-class Client(NumPyClient):
+class Client:
     """Answers the server's requests with what this device has."""
 
     def __init__(

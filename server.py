@@ -257,10 +257,13 @@ def run_round(
         try:
             if reply.data is None:
                 raise BadReply(reply.problem)
-            update, num_examples, metrics = wire.decode_fit_reply(reply.data)
-            while reply.pieces:  # each is let go before the next one is copied
-                update += wire.decode_parameters_reply(reply.pieces.pop(0))
-            check_update(update, num_examples, weights, names, rules.max_update_norm)
+            with wire.untrusted():
+                update, num_examples, metrics = wire.decode_fit_reply(reply.data)
+                while reply.pieces:  # each is let go before the next one is copied
+                    update += wire.decode_parameters_reply(reply.pieces.pop(0))
+                check_update(update, num_examples, weights, names, rules.max_update_norm)
+                metrics.pop(wire.ROUND_ID, None)
+                metrics = clean_metrics(metrics)
         except BadReply as error:
             say(f"round {server_round}: dropped {device.name}: {error}")
             dropped.append({"name": device.name, "reason": str(error)})
@@ -279,7 +282,6 @@ def run_round(
             results.append((device, FitRes(Status(Code.OK, ""), packed, num_examples, {})))
         else:
             mean.add(update, num_examples)
-        metrics.pop(wire.ROUND_ID, None)
         devices.append(
             {
                 "name": device.name,
@@ -287,7 +289,7 @@ def run_round(
                 "seconds": round(reply.seconds, 3),
                 "bytes_sent": reply.bytes_sent,
                 "bytes_received": reply.bytes_received,
-                "metrics": clean_metrics(metrics),
+                "metrics": metrics,
             }
         )
         del update, reply  # before the next one comes

@@ -7,10 +7,10 @@ not root.
 import sys
 
 import cryptography.x509
-import flwr
-import flwr.client
-import flwr.common.serde
-import flwr.proto.transport_pb2
+import google.protobuf
+import google.protobuf.internal.builder
+import google.protobuf.runtime_version
+import grpc
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
@@ -36,5 +36,6 @@ if not all(parameter.isfinite().all() for parameter in net.parameters()):
     sys.exit("a training step leaves weights that are not finite")
 print(
     f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
-    f"flwr {flwr.__version__}, cryptography {cryptography.__version__}"
+    f"grpcio {grpc.__version__}, protobuf {google.protobuf.__version__}, "
+    f"cryptography {cryptography.__version__}"
 )

@@ -96,6 +96,23 @@ def test_flower_is_imported_with_its_telemetry_off():
         subprocess.run(command, check=True, cwd=ROOT)
 
 
+CLIENT_WITHOUT_FLOWER = """
+import sys, client
+client.main(sys.argv[1:])
+print("flower:", sorted(name for name in sys.modules if name.partition(".")[0] == "flwr"))
+"""
+
+
+def test_client_serves_a_whole_run_without_flower(start_server, launch):
+    server, address = start_server(rounds="2", min_num_clients="1", min_sample_size="1")
+    flags = [f"--server_address={address}", "--cid=0", "--data_dir=synthetic:400"]
+    process = launch(sys.executable, "-c", CLIENT_WITHOUT_FLOWER, *flags, cwd=ROOT)
+    assert process.finish() == 0
+    assert process.lines.count("Client 0: fit") == 2
+    assert process.lines[-1] == "flower: []"
+    assert server.finish() == 0
+
+
 def test_garbage_is_looked_for_once_among_the_imports_and_not_at_the_end():
     code = (
         "import atexit, gc, os, weakref\n"

@@ -208,17 +208,17 @@ class Gate:
             return Peer()
         if presented[0] == keys.nobody()[1]:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "join with --join=TOKEN first")
-        certificate = x509.load_pem_x509_certificate(presented[0])
-        cid, key_hash = keys.common_name(certificate), keys.key_hash(certificate)
-        objection: str | None = "its certificate is not of this authority"
-        if keys.is_issued_by(certificate, self.authority.certificate):
-            try:
-                objection = await asyncio.get_running_loop().run_in_executor(
-                    self._reads, self.admissions.objection, cid, key_hash
-                )
-            except ListProblem as error:
-                self._tell_problem(error)
-                await context.abort(grpc.StatusCode.ABORTED, TRY_LATER)
+        cid = key_hash = ""
+        try:
+            cid, key_hash = read_certificate(presented[0], self.authority.certificate)
+            objection = await asyncio.get_running_loop().run_in_executor(
+                self._reads, self.admissions.objection, cid, key_hash
+            )
+        except ListProblem as error:
+            self._tell_problem(error)
+            await context.abort(grpc.StatusCode.ABORTED, TRY_LATER)
+        except FederationError as error:
+            objection = str(error)
         if objection:
             self.refusals.add(peer_address(context), objection)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, objection)
@@ -259,13 +259,13 @@ class Gate:
                 self.refusals.add(address, "too many enrolments at a time")
                 await context.abort(grpc.StatusCode.ABORTED, "too many enrol at a time, try later")
             try:
-                cid, token, csr = _read_request(context)
+                cid, token, csr = read_enrolment(context.invocation_metadata())
                 certificate = await asyncio.get_running_loop().run_in_executor(
                     self._writes,
                     self.admissions.admit_by_token,
                     cid,
                     keys.key_hash(csr),
-                    keys.parse_token(token).mark,
+                    token.mark,
                     lambda: self.authority.sign_device(cid, keys.p256_key(csr)),
                 )
             except ListProblem as error:
@@ -321,22 +321,37 @@ def peer_address(context: grpc.aio.ServicerContext) -> str:
     return host.strip("[]").removeprefix("::ffff:")
 
 
-def _read_request(
-    context: grpc.aio.ServicerContext,
-) -> tuple[str, str, x509.CertificateSigningRequest]:
-    """Return the cid, token and signing request of an enrolment.
+def read_certificate(pem: bytes, authority: x509.Certificate) -> tuple[str, str]:
+    """Return the cid and key hash that a peer's certificate is for.
+
+    Raises:
+        FederationError: it cannot be read, or another authority signed it.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        if keys.is_issued_by(certificate, authority):
+            return keys.common_name(certificate), keys.key_hash(certificate)
+    except Exception as error:  # cryptography documents no list of what a parser may raise
+        raise FederationError(f"its certificate cannot be read ({type(error).__name__})") from None
+    raise FederationError("its certificate is not of this authority")
+
+
+def read_enrolment(
+    metadata: Iterable[tuple[str, Any]] | None,
+) -> tuple[str, keys.Token, x509.CertificateSigningRequest]:
+    """Return the cid, token and signing request in the metadata of an enrolment.
 
     Raises:
         FederationError: it is none.
     """
     try:
-        data = dict(context.invocation_metadata() or ())[ENROL_REQUEST]
-        request = json.loads(data)
+        request = json.loads(dict(metadata or ())[ENROL_REQUEST])
         cid, token, csr = (request[name] for name in ("cid", "token", "csr"))
         if not all(isinstance(value, str) for value in (cid, token, csr)):
             raise TypeError
         data = csr.encode()
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except Exception:  # of bytes from anyone: nearly anything
         raise FederationError("this is no enrolment") from None
     check_cid(cid)
-    return cid, token, keys.read_signing_request(data)
+    request = keys.read_signing_request(data)
+    return cid, keys.parse_token(token), request

@@ -13,10 +13,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import grpc
 import numpy as np
-from flwr.client import NumPyClient
 
 from federated.errors import FederationError, NotYet, Refused
 from plumbing.addresses import UnknownHost, resolve
@@ -41,6 +41,30 @@ REFUSALS = {
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.UNAUTHENTICATED,
 }
+
+
+class NumPyClient(Protocol):
+    """What answers a server's requests; Flower's class of that name does, too.
+
+    Weights are NumPy arrays in the model's order. `config`, properties and metrics hold
+    values of type bool, bytes, float, int and str.
+    """
+
+    def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return what this device is."""
+
+    def get_parameters(self, config: dict[str, Any]) -> list[np.ndarray]:
+        """Return the weights that this device has."""
+
+    def fit(
+        self, parameters: list[np.ndarray], config: dict[str, Any]
+    ) -> tuple[list[np.ndarray], int, dict[str, Any]]:
+        """Train from `parameters`; return (weights, num_examples, metrics)."""
+
+    def evaluate(
+        self, parameters: list[np.ndarray], config: dict[str, Any]
+    ) -> tuple[float, int, dict[str, Any]]:
+        """Evaluate `parameters`; return (loss, num_examples, metrics)."""
 
 
 def serve(

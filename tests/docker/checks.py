@@ -535,8 +535,8 @@ RUN mkdir /opt/flower/packages/torch && touch /opt/flower/packages/torch/__init_
 """
 
 ASK = """
-import json, flwr, google.protobuf as protobuf, torch
-print(json.dumps([torch.__version__, torch.version.cuda, flwr.__file__, protobuf.__version__]))
+import json, grpc, google.protobuf as protobuf, torch
+print(json.dumps([torch.__version__, torch.version.cuda, grpc.__file__, protobuf.__version__]))
 """
 
 
@@ -580,8 +580,8 @@ def gpu(folder: Path) -> None:
         docker("run", "--rm", "--init", f"{NAME}:gpu", "python", "-c", ASK).splitlines()[-1]
     )
     check(
-        "torch is the base image's, Flower and protobuf are ours",
-        found == ["2.8.0a0+nv25.6", "12.9", "/opt/flower/packages/flwr/__init__.py", "6.33.6"],
+        "torch is the base image's, gRPC and protobuf are ours",
+        found == ["2.8.0a0+nv25.6", "12.9", "/opt/flower/packages/grpc/__init__.py", "6.33.6"],
         found,
     )
     code, output = run(
