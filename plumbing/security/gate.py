@@ -171,22 +171,22 @@ class Gate:
         directory: where the authority and the list of devices are, made if missing.
         names: returns what this machine is called; asked again and again, since a laptop's
             addresses change.
-        tell: called with a line for the owner, from the fleet's thread.
+        report: called with a line for the owner; a fleet that uses the gate sets its own.
 
     Raises:
         FederationError: the directory cannot be used.
     """
 
     def __init__(
-        self, directory: Path, names: Callable[[], list[str]], tell: Callable[[str], None]
+        self, directory: Path, names: Callable[[], list[str]], report: Callable[[str], None] = print
     ) -> None:
         self.authority = keys.Authority(directory)
         self.admissions = Admissions(directory)
         self.names = names
-        self.tell = tell
+        self.report = report
         self._open_address = False  # whether there is one for stock clients
         self._waiting: Counter[str] = Counter()  # enrolments by address
-        self.refusals = Refusals(tell)
+        self.refusals = Refusals(lambda line: self.report(line))
         self._problem_told = -PROBLEM_SECONDS
         # Apart, so that devices get in while another program keeps the list from being written.
         self._reads = ThreadPoolExecutor(4, "list-read")
@@ -237,14 +237,13 @@ class Gate:
     def revoked(self, devices: Iterable[Any]) -> list[Any]:
         """Return those of the devices whose keys are not admitted any more.
 
-        While the list cannot be read, its owner cannot revoke either: then only those that
-        were known to be revoked.
+        While the list cannot be read, its owner cannot revoke either: then none.
         """
         try:
             admitted = {(d.cid, d.key_hash) for d in self.admissions.all() if d.revoked is None}
         except ListProblem as error:
             self._tell_problem(error)
-            return [d for d in devices if d.revoked]
+            return []
         return [d for d in devices if d.key_hash and (d.cid, d.key_hash) not in admitted]
 
     async def enrol(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
@@ -275,7 +274,7 @@ class Gate:
                 self.refusals.add(address, str(error))
                 await asyncio.sleep(PENALTY_SECONDS)
                 await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
-        self.tell(f"device {cid} was admitted from {address}, key {keys.key_hash(csr)[:16]}…")
+        self.report(f"device {cid} was admitted from {address}, key {keys.key_hash(csr)[:16]}…")
         await context.write(certificate)
 
     async def renew(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
@@ -304,7 +303,7 @@ class Gate:
         """Report that the list cannot be used, every PROBLEM_SECONDS at most."""
         if time.monotonic() >= self._problem_told + PROBLEM_SECONDS:
             self._problem_told = time.monotonic()
-            self.tell(str(error))
+            self.report(str(error))
 
 
 def _neighbourhood(address: str) -> str:

@@ -48,6 +48,11 @@ PIECES = "pieces"  # among its properties: this device takes a fit in pieces
 MORE = "more"  # in a fit's config: another piece follows, do not answer yet
 FIRST, COUNT = "first", "count"  # in the config of get_parameters: which arrays; else all
 
+# Raised when one end of another version would misunderstand the other. In a device's
+# properties and in the answer to Hello; absent it is 1.
+PROTOCOL = 2
+VERSION = "protocol"
+
 MAX_DIMENSIONS = 32  # of an array; NumPy 2 takes 64
 MAX_REASON = 500  # characters of what is reported about bad bytes
 
@@ -69,6 +74,18 @@ def untrusted() -> Iterator[None]:
         if not reason.isprintable():
             reason = ascii(reason[:MAX_REASON])[1:-1]
         raise BadReply(reason[:MAX_REASON]) from error
+
+
+def version_problem(version: Any, who: str = "this device") -> str | None:
+    """Return why a peer of this project with that version of the protocol cannot take part."""
+    if version == PROTOCOL:
+        return None
+    older = type(version) is int and version < PROTOCOL
+    fault = f"{who} is of an older release" if older else f"{who} is of another release"
+    return (
+        f"{fault} (protocol {version!r:.20}, here {PROTOCOL}); use the same release on server and "
+        "devices: update the project there and start it again, which builds the image again"
+    )
 
 
 # --- Arrays, in NumPy's .npy format ---------------------------------------------------
