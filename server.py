@@ -48,18 +48,11 @@ import utils
 from federated.errors import BadReply, FederationError
 from federated.settings import Settings
 from federated.updates import check_update, clean_metrics
-from plumbing import descriptors
 from plumbing.addresses import listening_addresses, parse_address
+from plumbing.checkpoints import load_checkpoint, load_weights
 from plumbing.report import draw_report
-from plumbing.runs import (
-    RunDirectory,
-    load_checkpoint,
-    load_config,
-    load_weights,
-    newest_run,
-)
+from plumbing.runs import RunDirectory, load_config, newest_run, provenance
 from plumbing.security.admissions import TOKEN_SECONDS, TOKEN_USES
-from plumbing.security.complaints import Refusals, bounded
 from plumbing.security.gate import Gate, local_names, public_address
 from plumbing.security.keys import default_keys_dir
 from plumbing.stream import wire
@@ -257,13 +250,10 @@ def run_round(
         try:
             if reply.data is None:
                 raise BadReply(reply.problem)
-            with wire.untrusted():
-                update, num_examples, metrics = wire.decode_fit_reply(reply.data)
-                while reply.pieces:  # each is let go before the next one is copied
-                    update += wire.decode_parameters_reply(reply.pieces.pop(0))
-                check_update(update, num_examples, weights, names, rules.max_update_norm)
-                metrics.pop(wire.ROUND_ID, None)
-                metrics = clean_metrics(metrics)
+            update, num_examples, metrics = wire.decode_fit_reply(reply.data)
+            while reply.pieces:  # each is let go before the next one is copied
+                update += wire.decode_parameters_reply(reply.pieces.pop(0))
+            check_update(update, num_examples, weights, names, rules.max_update_norm)
         except BadReply as error:
             say(f"round {server_round}: dropped {device.name}: {error}")
             dropped.append({"name": device.name, "reason": str(error)})
@@ -282,6 +272,7 @@ def run_round(
             results.append((device, FitRes(Status(Code.OK, ""), packed, num_examples, {})))
         else:
             mean.add(update, num_examples)
+        metrics.pop(wire.ROUND_ID, None)
         devices.append(
             {
                 "name": device.name,
@@ -289,7 +280,7 @@ def run_round(
                 "seconds": round(reply.seconds, 3),
                 "bytes_sent": reply.bytes_sent,
                 "bytes_received": reply.bytes_received,
-                "metrics": metrics,
+                "metrics": clean_metrics(metrics),
             }
         )
         del update, reply  # before the next one comes
@@ -365,8 +356,7 @@ def describe(device: Device) -> str:
 
 def print_event(device: Device, event: str) -> None:
     """Tell who joined or left."""
-    about = f": {describe(device)}" if event == "joined" else ""
-    tell(bounded(f"{device.name} {event}{about}"))
+    tell(f"{device.name} {event}" + (f": {describe(device)}" if event == "joined" else ""))
 
 
 def say(line: str) -> None:
@@ -658,7 +648,6 @@ def terminate(*_: object) -> NoReturn:
 def run(args: argparse.Namespace) -> None:
     """Tell the whole story: wait, train round by round, save."""
     check_args(args)
-    descriptors.check(args.min_num_clients)
     listening_addresses(args.server_address)  # a port in use is told before the data load
     gate = None
     if args.secure:
@@ -680,9 +669,11 @@ def run(args: argparse.Namespace) -> None:
     finished_round: int | None = None
     state: dict[str, np.ndarray] = {}
     if args.resume:
-        finished_round, weights, state = load_checkpoint(Path(args.run_dir), model, args.model)
+        finished_round, loaded, state = load_checkpoint(Path(args.run_dir), model, args.model)
+        weights = list(loaded.values())
     elif args.init_weights:
-        weights = load_weights(Path(args.init_weights).expanduser(), model, args.model)
+        init_weights = Path(args.init_weights).expanduser()
+        weights = list(load_weights(init_weights, model, args.model).values())
     del model  # it would hold the first weights to the end
     model_bytes = sum(w.nbytes for w in weights)
 
@@ -742,19 +733,8 @@ def run(args: argparse.Namespace) -> None:
         max_update_norm=args.max_update_norm or math.inf,
     )
 
-    fleet = Fleet(
-        args.server_address,
-        greeting=settings(1).to_config(),
-        admit=partial(refusal, model=args.model, classes=testset.classes),
-        announce=print_event,
-        refuse=(gate.refusals if gate else Refusals(tell)).add,
-        model_bytes=model_bytes,
-        gate=gate,
-        stock_address=args.unauthenticated_address,
-    )
-    print_who_may_join(fleet)
     run_is_over = False
-    run_directory = None
+    run_directory = fleet = None
     try:
         default_dir = ROOT / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}"
         config = {
@@ -766,10 +746,26 @@ def run(args: argparse.Namespace) -> None:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "flwr": flwr.__version__,
+            "momentum": MOMENTUM,
+            **provenance(ROOT),
         }
         run_directory = RunDirectory(
-            Path(args.run_dir).expanduser() if args.run_dir else default_dir, config, finished_round
+            Path(args.run_dir).expanduser() if args.run_dir else default_dir,
+            config,
+            finished_round,
+            take_free_name=not args.run_dir,
         )
+        fleet = Fleet(
+            args.server_address,
+            greeting=settings(1).to_config(),
+            admit=partial(refusal, model=args.model, classes=testset.classes),
+            announce=print_event,
+            refuse=lambda who, reason: tell(f"refused {who}: {reason}"),
+            model_bytes=model_bytes,
+            gate=gate,
+            stock_address=args.unauthenticated_address,
+        )
+        print_who_may_join(fleet)
         named = dict(zip(names, weights, strict=True))
         if finished_round is None:
             finished_round = 0
@@ -800,6 +796,9 @@ def run(args: argparse.Namespace) -> None:
                 "server_round": server_round,
                 **describe_evaluation(result, testset),
                 **record,
+                "lr": settings(server_round).lr,
+                "bytes_sent": sum(device["bytes_sent"] for device in record["devices"]),
+                "bytes_received": sum(device["bytes_received"] for device in record["devices"]),
                 "seconds": round(record["seconds"] + seconds_evaluate, 3),
                 "seconds_evaluate": seconds_evaluate,
             }
@@ -810,16 +809,19 @@ def run(args: argparse.Namespace) -> None:
     except BaseException as error:
         if run_directory:
             what = "stopped" if isinstance(error, Exception) else "interrupted"
-            print(
-                f"server.py: {what}; devices wait. To go on after round "
-                f"{run_directory.saved_round}: python server.py --resume {run_directory}",
-                file=sys.stderr,
+            hint = (
+                "No round was finished: its directory is removed"
+                if run_directory.abandon()
+                else f"To go on after round {run_directory.saved_round}: "
+                f"python server.py --resume {run_directory}"
             )
+            print(f"server.py: {what}; devices wait. {hint}", file=sys.stderr)
         raise
     finally:
         signal.signal(signal.SIGINT, end_at_once)
         signal.signal(signal.SIGTERM, end_at_once)
-        fleet.close(run_is_over)
+        if fleet:
+            fleet.close(run_is_over)
 
     print_classes(describe_evaluation(result, testset))
     print(f"\ntest accuracy {100 * result.accuracy:.1f} % on {len(testset):,} {testset.source}")
@@ -834,7 +836,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, terminate)
-    descriptors.reserve.hold()
     try:
         run(parse_args(argv))
     except (FederationError, utils.TaskError) as error:
