@@ -149,7 +149,7 @@ def test_gpu_that_cannot_multiply_is_told_and_the_cpu_trains(unusable_gpu, capsy
 
 
 def test_gpu_that_cannot_multiply_is_an_error_where_it_is_demanded(unusable_gpu):
-    with pytest.raises(utils.TaskError, match=r"--device cuda: the GPU fails .* say auto or cpu"):
+    with pytest.raises(FederationError, match=r"--device cuda: the GPU fails .* say auto or cpu"):
         client.choose_device("cuda")
 
 
