@@ -100,6 +100,9 @@ start() {
 }
 
 server=("$@" --server_address "$address" --data_dir "$data_dir")
+if [[ -d $data_dir/train && -z $(option partition "" "$@") && $(option resume no "$@") == no ]]; then
+  server+=(--partition iid) # a device's own images are used whole, but here all have one disk
+fi
 if [[ -n $secure ]]; then
   server+=(--keys "$keys")
   (umask 077 && "$python" "$root/server.py" devices token --keys "$keys" --uses "$clients" >"$scratch/token")

@@ -46,6 +46,7 @@ from flwr.server.strategy import FedAvg
 
 import utils
 from federated.errors import BadReply, FederationError
+from federated.partitions import parse_partition
 from federated.settings import Settings
 from federated.updates import check_update, clean_metrics
 from plumbing.addresses import listening_addresses, parse_address
@@ -346,11 +347,12 @@ def describe(device: Device) -> str:
     said = device.properties
     if "board" not in said:
         return "a client that says nothing of its board"
-    images = said.get("images")
-    kind = "synthetic images" if said.get("source") == "synthetic images" else "images"
+    images, data = said.get("images"), said.get("data")
+    if not isinstance(data, str):
+        data = f"{images:,} images" if isinstance(images, int) else "no word of its images"
     return (
         f"{said['board']}, {said.get('machine')}, {said.get('cores')} cores, {said.get('model')}, "
-        + (f"{images:,} {kind}" if isinstance(images, int) else "no word of its images")
+        + shortened(data)
     )
 
 
@@ -502,9 +504,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     # Data
     add(
         "partition",
-        "iid",
-        "how a data set that every device has in full is split: iid, dirichlet:0.5, "
-        "or none, when devices have images of their own",
+        "auto",
+        "which images a device uses: auto splits CIFAR-10 and synthetic images by --cid, and "
+        "uses a folder of images whole; iid or dirichlet:0.5 split both, none neither",
         metavar="HOW",
     )
     add("num_partitions", None, "parts (default: min_num_clients)", type=int, metavar="N")
@@ -589,7 +591,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise FederationError(f"--sample_fraction {args.sample_fraction} is outside (0, 1]")
     if not (args.lr > 0 and math.isfinite(args.lr)):
         raise FederationError(f"--lr {args.lr} is not above 0")
-    utils.parse_partition(args.partition)
+    parse_partition(args.partition)
     if args.secure and args.insecure:
         raise FederationError("--secure and --insecure exclude each other")
     for name in ("keys", "names", "unauthenticated_address"):
@@ -664,8 +666,8 @@ def run(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = utils.build_model(args.model, len(testset.classes), args.seed)
     names = list(net.state_dict())
-    weights = utils.get_weights(net)
-    model = dict(zip(names, weights, strict=True))
+    model = utils.get_weights(net)
+    weights = list(model.values())
     finished_round: int | None = None
     state: dict[str, np.ndarray] = {}
     if args.resume:
@@ -700,7 +702,7 @@ def run(args: argparse.Namespace) -> None:
         return f"{run_id}-{how:08x}-{server_round}"
 
     def evaluate(weights: Sequence[np.ndarray]) -> utils.Evaluation:
-        utils.set_weights(net, weights)
+        utils.set_weights(net, dict(zip(names, weights, strict=True)))
         return utils.test(net, testset, device)
 
     strategy = make_strategy(
@@ -838,7 +840,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, terminate)
     try:
         run(parse_args(argv))
-    except (FederationError, utils.TaskError) as error:
+    except FederationError as error:
         sys.exit(f"server.py: {error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -22,8 +22,7 @@ except (ImportError, OSError, ValueError) as error:
         f"torch does not load ({error}); on x86-64 take PyTorch's CPU wheels, with "
         "--build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
     )
-import torchvision
-import torchvision.datasets.utils
+import torchvision.models
 
 PIL.Image.init()  # imports the readers of all formats
 

@@ -59,15 +59,15 @@ def only_pinned(tmp_path):
 
 
 TRAIN = """
-import client, utils
-data = utils.load_data("synthetic:20", "train")
+import client
+from torch_trainer import TorchTrainer
 settings = {"partition": "none", "batch_size": 16}
 for model in ("Net", "PiNet", "ResNet18"):
-    device = client.Client("0", model, data, "synthetic:20", "cpu")
+    device = client.Client("0", TorchTrainer("0", model, "synthetic:20", "cpu"))
     weights = device.get_parameters({})
     device.fit(weights, settings)
     device.evaluate(weights, settings)
-import PIL.Image, torchvision.datasets.utils
+import PIL.Image
 PIL.Image.init()
 try:
     client.main(["--server_address=127.0.0.1:9", "--cid=0", "--data_dir=synthetic:20",
