@@ -5,33 +5,23 @@
 Waits for the server, comes back when the connection breaks, ends when the run is over.
 """
 
-import signal
+from plumbing import cli
 
 if __name__ == "__main__":
-    # Until main() begins, while torch is imported, Ctrl-C ends without a traceback.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-import plumbing  # isort: skip # noqa: F401 # first: it sets what gRPC and Flower read
+    cli.start("client.py")
 
 import argparse
 import contextlib
 import json
-import logging
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-<<<<<<< HEAD
-import torch
-=======
-from flwr.client import NumPyClient
->>>>>>> utils
 
 from federated.errors import FederationError
 from federated.settings import Settings
@@ -45,9 +35,6 @@ from plumbing.telemetry import Telemetry
 ROOT = Path(__file__).resolve().parent
 
 
-<<<<<<< HEAD
-class Client:
-=======
 class Trainer(Protocol):
     """What learns on this device, and from what: PyTorch's is in torch_trainer.py."""
 
@@ -79,8 +66,7 @@ class Trainer(Protocol):
         """Return the loss of `weights`, on how many images, and metrics."""
 
 
-class Client(NumPyClient):
->>>>>>> utils
+class Client:
     """Answers the server's requests with what this device has."""
 
     def __init__(self, cid: str, trainer: Trainer) -> None:
@@ -155,121 +141,103 @@ def write_state(cid: str, state: str) -> None:
             part.replace(path)
 
 
+SERVER_FLAGS = dict.fromkeys(
+    ("rounds", "strategy", "epochs", "batch_size", "lr", "seed", "partition", "num_partitions",
+     "min_num_clients", "min_sample_size", "sample_fraction", "secure", "resume", "run_dir"),
+    "server.py",
+)  # fmt: skip
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = cli.Parser(description=__doc__, others=SERVER_FLAGS)
+    parser.flag("server_address", "where server.py runs", required=True, metavar="HOST:PORT")
+    parser.flag("cid", "this device's name; 0, 1, … where a data set is partitioned", required=True)
+    parser.flag("model", "a name in utils.MODELS, the server's", "Net", metavar="NAME")
+    parser.flag(
+        "data_dir", "CIFAR-10, or train/<class>/*; or synthetic (default: data/)", metavar="DIR"
     )
-
-    def add(name: str, **kwargs: Any) -> None:
-        flags = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-        parser.add_argument(*flags, dest=name, **kwargs)
-
-    add("server_address", required=True, metavar="HOST:PORT", help="where server.py runs")
-    add("cid", required=True, help="this device's name; 0, 1, … where the data set is partitioned")
-    add("model", default="Net", help="a name from utils.MODELS, the server's (default: Net)")
-    add(
-        "data_dir",
-        metavar="DIR",
-        help="CIFAR-10, or train/<class>/*; or synthetic (default: data/)",
-    )
-    add(
-        "device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="where to train (default: auto)",
-    )
-    add("threads", type=int, metavar="N", help="processor threads (default: one a core)")
-    add(
+    parser.flag("device", "where to train", "auto", choices=["auto", "cpu", "cuda"])
+    parser.flag("threads", "processor threads (default: one a core)", type=int, metavar="N")
+    parser.flag(
         "join",
+        "what server.py --secure prints, once; or a file with it, or - for standard input",
         metavar="TOKEN",
-        help="what server.py --secure prints, once; or a file with it, or - for standard input",
     )
-    add(
+    parser.flag(
         "keys",
+        "where this device's key is (default: $KEYS_DIR or ~/.config/flower-embedded)",
         metavar="DIR",
-        help="where this device's key is (default: $KEYS_DIR or ~/.config/flower-embedded)",
     )
-    parser.add_argument(
-        "--insecure", action="store_true", help="an open server, although there is a key"
-    )
-    parser.add_argument(
-        "--join_only", "--join-only", action="store_true", help="get a key with --join, and end"
-    )
-    add(
-        "max_wait_seconds",
-        type=float,
+    parser.switch("insecure", "an open server, although there is a key")
+    parser.switch("join_only", "get a key with --join, and end")
+    parser.flag(
+        "max_wait_seconds", "give up after S s without server (default: never)", type=float,
         metavar="S",
-        help="give up after S s without server (default: never)",
-    )
-    parser.add_argument(
-        "--stay", action="store_true", help="when the run is over, wait for the next"
-    )
+    )  # fmt: skip
+    parser.switch("stay", "when the run is over, wait for the next")
     return parser.parse_args(argv)
 
 
-def terminate(*_: object) -> NoReturn:
-    """End as if by Ctrl-C, but with the exit code that a shell gives to SIGTERM."""
-    sys.exit(128 + signal.SIGTERM)
+def check_args(args: argparse.Namespace) -> None:
+    """Raise FederationError for values that cannot work."""
+    if parse_address(args.server_address)[1] == 0:
+        raise FederationError(f"server address '{args.server_address}' has no port to go to")
+    check_cid(args.cid)
+    if args.threads is not None and args.threads < 1:
+        raise FederationError(f"--threads {args.threads} is below 1")
+    if args.max_wait_seconds is not None and not args.max_wait_seconds >= 0:
+        raise FederationError(f"--max_wait_seconds {args.max_wait_seconds} is below 0")
+    if args.insecure and args.join:
+        raise FederationError("--join is for a server with --secure; leave out --insecure")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Open this device's key and data, and serve until the run is over."""
+    check_args(args)
+    identity = None
+    if not args.insecure:
+        keys_dir = Path(args.keys or os.environ.get("KEYS_DIR") or default_keys_dir())
+        identity = open_identity(keys_dir, args.cid, args.join)
+    write_state(args.cid, "starting")
+    if args.join_only:
+        if not identity:
+            raise FederationError("--join_only without --join, and there is no key yet")
+        enrol(args.server_address, identity, args.max_wait_seconds)
+        return
+    # Here, because another Trainer needs no PyTorch, and wrong flags end at once.
+    import torch
+
+    from torch_trainer import TorchTrainer, choose_device
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    trainer = TorchTrainer(
+        args.cid,
+        args.model,
+        args.data_dir or os.environ.get("DATA_DIR") or ROOT / "data",
+        choose_device(args.device),
+        download=args.data_dir is None,
+    )
+    print(f"Client {args.cid}: {trainer.describe()}")
+    serve(
+        args.server_address,
+        Client(args.cid, trainer),
+        on_state=partial(write_state, args.cid),
+        max_wait_seconds=args.max_wait_seconds,
+        stay=args.stay,
+        identity=identity,
+    )
+    print(f"Client {args.cid}: the server is done, shutting down")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log shows each line at once
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        if parse_address(args.server_address)[1] == 0:
-            raise FederationError(f"server address '{args.server_address}' has no port to go to")
-        check_cid(args.cid)
-        if args.threads is not None and args.threads < 1:
-            raise FederationError(f"--threads {args.threads} is below 1")
-        if args.max_wait_seconds is not None and not args.max_wait_seconds >= 0:
-            raise FederationError(f"--max_wait_seconds {args.max_wait_seconds} is below 0")
-        identity = None
-        if not args.insecure:
-            keys_dir = Path(args.keys or os.environ.get("KEYS_DIR") or default_keys_dir())
-            identity = open_identity(keys_dir, args.cid, args.join)
-        elif args.join:
-            raise FederationError("--join is for a server with --secure; leave out --insecure")
-        write_state(args.cid, "starting")
-        if args.join_only:
-            if not identity:
-                raise FederationError("--join_only without --join, and there is no key yet")
-            enrol(args.server_address, identity, args.max_wait_seconds)
-            return
-        # Here, because another Trainer does without PyTorch, and wrong flags end at once.
-        import torch
-
-        from torch_trainer import TorchTrainer, choose_device
-
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        trainer = TorchTrainer(
-            args.cid,
-            args.model,
-            args.data_dir or os.environ.get("DATA_DIR") or ROOT / "data",
-            choose_device(args.device),
-            download=args.data_dir is None,
-        )
-        print(f"Client {args.cid}: {trainer.describe()}")
-        serve(
-            args.server_address,
-            Client(args.cid, trainer),
-            on_state=partial(write_state, args.cid),
-            max_wait_seconds=args.max_wait_seconds,
-            stay=args.stay,
-            identity=identity,
-        )
-        print(f"Client {args.cid}: the server is done, shutting down")
-    except FederationError as error:
-        sys.exit(f"client.py: {error}")
-    except KeyboardInterrupt:
-        print(f"Client {args.cid}: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    with cli.ready("client.py"):
+        try:
+            run(args)
+        except KeyboardInterrupt:
+            print(f"Client {args.cid}: interrupted", file=sys.stderr)
+            raise
 
 
 if __name__ == "__main__":

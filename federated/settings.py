@@ -50,7 +50,11 @@ class RunSettings:
     )
     # Devices
     min_num_clients: int = setting(2, "wait until this many devices are connected", low=1)
-    min_sample_size: int = setting(2, "train on at least this many devices in a round", low=1)
+    min_sample_size: int = setting(
+        0,
+        "train on at least this many devices in a round; 0 is min_num_clients, but 2 at most",
+        low=0,
+    )
     sample_fraction: float = setting(
         1.0, "fraction of the idle devices that train in a round", unit="F", above=0, high=1
     )
@@ -100,16 +104,20 @@ class RunSettings:
                 f"--round_timeout {self.round_timeout:g} leaves no time to reply after "
                 f"--round_seconds {self.round_seconds:g}; make it larger"
             )
-        if self.min_replies > self.min_sample_size:
+        if self.min_replies > self.sample_size:
             raise FederationError(
-                f"--min_replies {self.min_replies} is above --min_sample_size "
-                f"{self.min_sample_size}"
+                f"--min_replies {self.min_replies} is above --min_sample_size {self.sample_size}"
             )
         if self.min_sample_size > self.min_num_clients:
             raise FederationError(
                 f"--min_sample_size {self.min_sample_size} is above --min_num_clients "
                 f"{self.min_num_clients}; a round cannot sample more devices than it waits for"
             )
+
+    @property
+    def sample_size(self) -> int:
+        """Devices that train in a round at least."""
+        return self.min_sample_size or min(self.min_num_clients, 2)
 
     def for_round(self, server_round: int) -> "Settings":
         """Return a round's settings; over the rounds the learning rate falls to 0."""

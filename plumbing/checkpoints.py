@@ -9,18 +9,21 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from federated.errors import FederationError
+from plumbing import descriptors
 
 LAST = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
 STATE = "strategy/"  # before the names of a strategy's own arrays
+MEMORY = "memory"  # the note with what else a run remembers from round to round, as JSON
 CHECKSUM = "content_sha256"
 OLD_NOTES = {"server_round", "model", "classes"}  # all that a checkpoint without a checksum notes
 
@@ -36,6 +39,7 @@ class Checkpoint:
     file: Path
     server_round: int  # the last finished round; 0 is none
     arrays: dict[str, np.ndarray]  # weights, and the strategy's own behind STATE
+    memory: dict[str, Any] | None  # what else it keeps; None in files of older releases
     warning: str = ""  # set where it is the previous one, because the last is damaged
 
 
@@ -48,6 +52,10 @@ def write_whole(path: Path, data: bytes, keep_as: Path | None = None) -> None:
     Args:
         keep_as: the name under which the old file is kept.
     """
+    descriptors.reserve.call(lambda: _write_whole(path, data, keep_as))
+
+
+def _write_whole(path: Path, data: bytes, keep_as: Path | None) -> None:
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
@@ -101,12 +109,12 @@ def _checksum(arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> str
 
 def load_checkpoint(
     directory: Path, like: Mapping[str, np.ndarray], model: str
-) -> tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]]:
+) -> tuple[int, dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any] | None]:
     """Read a run's last checkpoint; if it is damaged, the one before, with a line on stderr.
 
     Returns:
-        The last finished round (0 is none), the weights by name in the order of `like`, and
-        the strategy's own arrays by name.
+        The last finished round (0 is none), the weights by name in the order of `like`, the
+        strategy's own arrays by name, and what else was remembered (see RunDirectory.save).
 
     Raises:
         FederationError: as for `load_weights`; or it does not note its round.
@@ -120,7 +128,7 @@ def load_checkpoint(
         for name, array in found.arrays.items()
         if name.startswith(STATE)
     }
-    return found.server_round, weights, state
+    return found.server_round, weights, state, found.memory
 
 
 def load_weights(path: Path, like: Mapping[str, np.ndarray], model: str) -> dict[str, np.ndarray]:
@@ -152,7 +160,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         lost = noted_round(last)
         which = "an unknown round" if lost is None else f"round {lost}"
         warning = f"{error} (it was of {which}); using '{previous}' of round {found.server_round}"
-        return Checkpoint(found.file, found.server_round, found.arrays, warning)
+        return replace(found, warning=warning)
 
 
 def finished_round(directory: Path) -> int | None:
@@ -182,7 +190,13 @@ def _read_one(path: Path) -> Checkpoint:
     server_round = _round_in(notes)
     if server_round is None:
         raise DamagedFile(f"'{path}' does not note a round; it is not a checkpoint")
-    return Checkpoint(path, server_round, arrays)
+    try:
+        memory = json.loads(notes[MEMORY]) if MEMORY in notes else None
+    except (ValueError, RecursionError):
+        raise DamagedFile(f"'{path}' notes no JSON in {MEMORY}; it is not a checkpoint") from None
+    if memory is not None and not isinstance(memory, dict):
+        raise DamagedFile(f"'{path}' notes no object in {MEMORY}; it is not a checkpoint")
+    return Checkpoint(path, server_round, arrays, memory)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:

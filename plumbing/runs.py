@@ -22,11 +22,21 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from federated.errors import FederationError
-<<<<<<< HEAD
+from federated.rounds import (
+    Clipped,
+    Dropped,
+    Joined,
+    Left,
+    Notice,
+    Observed,
+    Resumed,
+    Retry,
+    Step,
+)
 from plumbing import descriptors
-=======
 from plumbing.checkpoints import (
     LAST,
+    MEMORY,
     PREVIOUS,
     STATE,
     encode_weights,
@@ -34,7 +44,6 @@ from plumbing.checkpoints import (
     read_checkpoint,
     write_whole,
 )
->>>>>>> runs
 
 NO_JSON = (ValueError, RecursionError)  # what json.loads raises for bytes from anywhere
 MAX_NUMBER = 1e15  # no time, loss or count that a plot must take is larger
@@ -70,7 +79,9 @@ class RunDirectory:
         self._made = False  # by this object, for a new run
         self._lock: BinaryIO | None = None
         self._unwritten = ""  # metrics that could not be written yet
-        self._unsaved: tuple[int, dict[str, np.ndarray]] | None = None  # the same for a checkpoint
+        self._unsaved: tuple[int, dict[str, np.ndarray], dict[str, str]] | None = (
+            None  # the same for a checkpoint
+        )
         self._events_lock = threading.Lock()
         self._events_stopped = False  # the problem was reported
         try:
@@ -181,6 +192,7 @@ class RunDirectory:
         weights: Mapping[str, np.ndarray],
         state: Mapping[str, np.ndarray] | None = None,
         metrics: Mapping[str, Any] | None = None,
+        memory: Mapping[str, Any] | None = None,
     ) -> None:
         """Append a line to metrics.jsonl and replace the checkpoint.
 
@@ -190,28 +202,16 @@ class RunDirectory:
         Args:
             state: the strategy's own arrays by name.
             metrics: the line; a UTC time stamp is added.
+            memory: what else a resumed run needs, such as the strategy's own numbers.
         """
         if metrics:
             row = {"server_round": server_round, "time": utc_now(), **metrics}
             self._unwritten += json.dumps(_without_nan(row)) + "\n"
         named = {**weights, **{STATE + name: array for name, array in (state or {}).items()}}
-        self._unsaved = server_round, named
+        notes = {**self._notes(server_round), MEMORY: json.dumps(memory or {})}
+        self._unsaved = server_round, named, notes
         try:
-<<<<<<< HEAD
-            if not self.path.is_dir():
-                self.path.mkdir(parents=True)
-                self._write_config()
-                print(
-                    f"round {server_round}: run directory '{self}' is gone with what was in it; "
-                    "made it anew",
-                    file=sys.stderr,
-                )
-            descriptors.reserve.call(self._append_metrics)
-            self._write_weights("checkpoint.safetensors", named, server_round)
-            self._problem, self.saved_round = None, server_round
-=======
             self._write_unsaved()
->>>>>>> runs
         except OSError as error:
             print(
                 f"round {server_round}: cannot write to '{self}' ({error.strerror}); "
@@ -222,7 +222,7 @@ class RunDirectory:
     def _write_unsaved(self) -> None:
         if self._unsaved is None:
             return
-        server_round, named = self._unsaved
+        server_round, named, notes = self._unsaved
         if not self.path.is_dir():
             self.path.mkdir(parents=True)
             self.close()
@@ -234,9 +234,10 @@ class RunDirectory:
                 file=sys.stderr,
             )
         if self._unwritten:
-            append(self.path / "metrics.jsonl", self._unwritten.encode())
+            metrics = self._unwritten.encode()
+            descriptors.reserve.call(lambda: append(self.path / "metrics.jsonl", metrics))
             self._unwritten = ""
-        data = encode_weights(named, self._notes(server_round))
+        data = encode_weights(named, notes)
         write_whole(self.path / LAST, data, keep_as=self.path / PREVIOUS)
         self._unsaved, self.saved_round = None, server_round
 
@@ -285,12 +286,43 @@ class RunDirectory:
             )
         return rows
 
-    def log_event(self, kind: str, **fields: Any) -> None:
+    def observe(self, event: Observed | Step) -> None:
+        """An observer: joins, losses, drops and retries become lines of events.jsonl."""
+        match event:
+            case Joined(device):
+                self.log_event("joined", **{**device.properties, "cid": device.cid})
+            case Left(device, reason):
+                self.log_event("left", cid=device.cid, reason=reason)
+            case Resumed(device, job):
+                self.log_event("resumed", cid=device.cid, job=job.id)
+            case Dropped(server_round, device, reason):
+                self.log_event("dropped", server_round=server_round, cid=device.cid, reason=reason)
+            case Clipped(server_round, device, num_examples, counted):
+                self.log_event(
+                    "clipped",
+                    server_round=server_round,
+                    cid=device.cid,
+                    num_examples=num_examples,
+                    counted_examples=counted,
+                )
+            case Retry(server_round, attempt, attempts, good, reason):
+                self.log_event(
+                    "retry",
+                    server_round=server_round,
+                    attempt=attempt,
+                    attempts=attempts,
+                    good_replies=good,
+                    reason=reason,
+                )
+            case Notice(text):
+                self.log_event("notice", text=text)
+
+    def log_event(self, kind: str, /, **fields: Any) -> None:
         """Append a line with a UTC time stamp to events.jsonl; may be called from any thread.
 
         A failure is reported once on stderr, and never raised.
         """
-        event = {"time": utc_now(), "event": kind, **fields}
+        event = {**fields, "time": utc_now(), "event": kind}  # a device names its properties
         bounded = {name: _bounded(value) for name, value in event.items()}
         path = self.path / "events.jsonl"
         with self._events_lock:
@@ -351,15 +383,6 @@ class RunDirectory:
         return None
 
 
-<<<<<<< HEAD
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a power cut, sees the old one or the new one."""
-    descriptors.reserve.call(lambda: _write_whole(path, data))
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-=======
 def _asks_again(problem: str) -> bool:
     """On a terminal, wait for Enter to try again; return whether it came."""
     if not (sys.stdin and sys.stdin.isatty()):
@@ -482,7 +505,6 @@ def utc_now() -> str:
 def provenance(root: Path) -> dict[str, Any]:
     """Return what config.json notes of the code in `root`; None for what cannot be found out."""
     commit, changed = _git_state(root)
->>>>>>> runs
     try:
         utils_hash = hashlib.sha256((root / "utils.py").read_bytes()).hexdigest()
     except OSError:

@@ -185,7 +185,8 @@ class _Worker:
         if request.kind == "get_properties":
             properties = self.client.get_properties(request.config)
             held = {wire.ROUND_ID: self.round_id} if self.round_id else {}
-            return wire.encode_properties_reply({**properties, **held, wire.PIECES: True})
+            own = {wire.PIECES: True, wire.VERSION: wire.PROTOCOL}
+            return wire.encode_properties_reply({**properties, **held, **own})
         if request.kind == "get_parameters":
             if round_id and round_id == self.round_id:
                 first = int(request.config.get(wire.FIRST, 0))
@@ -316,9 +317,14 @@ def _keepalive_seconds(server_address: str, timeout: float, identity: Identity |
                 return STOCK_KEEPALIVE_SECONDS
             raise
     try:
-        return max(1.0, float(json.loads(answer)["keepalive_seconds"]))
-    except (KeyError, TypeError, ValueError):
+        reported = json.loads(answer)
+        keepalive_seconds = max(1.0, float(reported["keepalive_seconds"]))
+        problem = wire.version_problem(reported.get(wire.VERSION, 1), "the server")
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise FederationError(f"{server_address} is no server of this kind: {answer!r}") from None
+    if problem:
+        raise Refused(problem)
+    return keepalive_seconds
 
 
 @contextmanager
