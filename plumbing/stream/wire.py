@@ -11,6 +11,7 @@ Bytes from a device are hostile. Whatever reads or checks them stands under `unt
 import io
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,14 @@ PROTOCOL = 2
 VERSION = "protocol"
 
 MAX_DIMENSIONS = 32  # of an array; NumPy 2 takes 64
+
+# The header of an .npy file as NumPy writes it, format 1.0: type, order, sizes. NumPy's own
+# parser evaluates Python literals: it takes True for a size, and prints warnings.
+NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([<>|][biufcUSVO]\d{0,9})', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:\d+(?:, ?\d+)*)?),?\),? ?\} *\n",
+    re.DOTALL,
+)
 MAX_REASON = 500  # characters of what is reported about bad bytes
 
 
@@ -134,20 +143,16 @@ def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 @lru_cache(maxsize=1024)
 def _read_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], Any]:
-    stream = io.BytesIO(header)
-    try:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise ValueError("not .npy format 1.0")
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    except Exception as error:
-        raise BadReply(f"an array that cannot be read ({error})") from None
+    match = NPY_HEADER.fullmatch(header)
+    if not match:
+        raise BadReply(f"an array with the header {header[:100]!r}")
+    descr, fortran_order, sizes = (group.decode() for group in match.groups())
+    dtype, shape = np.dtype(descr), tuple(int(n) for n in sizes.split(",") if n.strip())
     if len(shape) > MAX_DIMENSIONS:
         raise BadReply(f"an array of {len(shape)} dimensions")
-    # NumPy's parser takes True for an int, which `reshape` does not.
-    sizes_are_plain = all(type(n) is int and n >= 0 for n in shape)
-    if dtype.hasobject or dtype.itemsize == 0 or not sizes_are_plain:
+    if dtype.hasobject or dtype.itemsize == 0:
         raise BadReply(f"an array of shape {shape} and type {dtype}")
-    return dtype, shape, "F" if fortran_order else "C"
+    return dtype, shape, "F" if fortran_order == "True" else "C"
 
 
 # --- The server's messages ------------------------------------------------------------

@@ -40,8 +40,8 @@ def main() -> None:
         token = draw.choice(tokens)
         return (data[: token.start()] + draw.choice(WORDS) + data[token.end() :])[:max_size]
 
-    # An input that takes 5 s, or 1 GB more, does harm, too.
-    limits = ["-timeout=5", "-rss_limit_mb=2048", "-malloc_limit_mb=1024", "-max_len=4096"]
+    # An input that takes 20 s, or 1 GB more, does harm, too.
+    limits = ["-timeout=20", "-rss_limit_mb=2048", "-malloc_limit_mb=1024", "-max_len=4096"]
     arguments = [sys.argv[0], f"-dict={DICTIONARY}", *limits, *sys.argv[1:]]
     atheris.Setup(arguments, targets.check, custom_mutator=mutate)
     atheris.Fuzz()
