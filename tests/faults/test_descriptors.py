@@ -71,5 +71,5 @@ def test_more_devices_than_descriptors_is_refused_with_the_number_needed(start_l
     assert server.finish(60) == 1
     assert server.lines == [
         "server.py: 1,100 devices need 1,228 file descriptors, and this process may have 1,024; "
-        "raise the limit first: ulimit -Hn 1228 as root, or LimitNOFILE=1228 in a systemd unit"
+        "raise the limit first: ulimit -n 1228 as root, or LimitNOFILE=1228 in a systemd unit"
     ]
