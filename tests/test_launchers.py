@@ -725,6 +725,7 @@ def test_buildkit_is_used_where_docker_has_it(device, version, no_buildx, buildk
         (["--server_address=10.0.0.1:80", "--cid=a b"], ["--cid 'a b'", "letters"]),
         (["--server_address=10.0.0.1:80", "--cid=" + "x" * 65], ["--cid 'xxx", "64"]),
         (["--server_address=10.0.0.1:80", "--cid=../x"], ["--cid '../x'"]),
+        (["--server_address=10.0.0.1:80", "--cid=-h"], ["--cid '-h'", "no '-' in front"]),
         (["--server_address=10.0.0.1", "--cid=0"], ["'10.0.0.1' is not HOST:PORT"]),
         (["--server_address=fd00::1:80", "--cid=0"], ["'fd00::1:80' is not HOST:PORT"]),
         (["--server_address=http://a:80", "--cid=0"], ["'http://a:80' is not HOST:PORT"]),
