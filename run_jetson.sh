@@ -99,8 +99,8 @@ done
 [[ -z $traced ]] || set -x
 [[ -n $server_address ]] || die "--server_address is missing; say for example: $example"
 [[ -n $cid ]] || die "--cid is missing, this device's own number or name; say for example: $example"
-[[ $cid =~ ^[A-Za-z0-9._-]{1,64}$ ]] ||
-  die "--cid '$cid' is not made of 1 to 64 letters, digits, '.', '_' and '-'"
+[[ $cid =~ ^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$ ]] ||
+  die "--cid '$cid' is not made of 1 to 64 letters, digits, '.', '_' and '-', with no '-' in front"
 [[ $server_address =~ ^(\[([0-9A-Fa-f:.]+[^][:space:]/]*)\]|([^][:space:]/:]+)):([0-9]+)$ ]] ||
   die "server address '$server_address' is not HOST:PORT; say 192.168.1.10:8080 or laptop.local:8080"
 host=${BASH_REMATCH[2]}${BASH_REMATCH[3]} port=${BASH_REMATCH[4]}

@@ -22,7 +22,7 @@ from federated.errors import FederationError
 
 RESERVE = 64
 OTHERS = 64  # a server's own files, and connections that are being made
-MOST = 1 << 16  # some systems name a limit of 2^30; a connection takes about 50 kB of memory
+MOST = 1 << 14  # raised no further: at 20 kB a connection, strangers can take 330 MB of memory
 PATIENCE_SECONDS = 30.0  # for strangers who took the reserve to be hung up on
 PAUSE_SECONDS = 0.1
 
@@ -38,15 +38,16 @@ class Reserve:
         self._lock = threading.Lock()
 
     def hold(self) -> None:
-        """Raise the soft limit to the hard one, and hold RESERVE back."""
+        """Raise the soft limit to the hard one or MOST, and hold RESERVE back."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        hard = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
+        self.limit = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
+        if soft != resource.RLIM_INFINITY:
+            self.limit = max(self.limit, soft)  # the owner asked for more
         try:
-            self._set(hard)
-            self.limit = hard
+            self._set(self.limit - RESERVE)
         except (OSError, ValueError):  # macOS names a hard limit that it does not grant
             self.limit = soft
-        self._set(self.limit - RESERVE)
+            self._set(self.limit - RESERVE)
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
@@ -94,7 +95,7 @@ def check(num_devices: int) -> None:
     if reserve.limit and needed > reserve.limit:
         raise FederationError(
             f"{num_devices:,} devices need {needed:,} file descriptors, and this process may "
-            f"have {reserve.limit:,}; raise the limit first: ulimit -Hn {needed} as root, or "
+            f"have {reserve.limit:,}; raise the limit first: ulimit -n {needed} as root, or "
             f"LimitNOFILE={needed} in a systemd unit"
         )
 
@@ -111,6 +112,6 @@ def shortage() -> str | None:
     twice = 2 * (reserve.limit or limit)
     return (
         f"all {limit:,} file descriptors that connections may take are in use; for more devices "
-        f"raise the limit to {twice:,} (ulimit -Hn {twice} as root), against strangers use a "
+        f"raise the limit to {twice:,} (ulimit -n {twice} as root), against strangers use a "
         "firewall: docs/security.md"
     )

@@ -402,7 +402,7 @@ def test_client_that_cannot_be_replaced_ends_it(device):
 
 
 def test_clients_with_different_cids_do_not_clash(device):
-    for cid in ("0", "kitchen.2", "-x"):
+    for cid in ("0", "kitchen.2", "_x"):
         run = device.pi("--server_address=10.0.0.1:80", f"--cid={cid}")
         assert run.command[1:3] == ["--name", f"flower-client-{cid}"]
         assert run.of("rm") == []
@@ -725,6 +725,7 @@ def test_buildkit_is_used_where_docker_has_it(device, version, no_buildx, buildk
         (["--server_address=10.0.0.1:80", "--cid=a b"], ["--cid 'a b'", "letters"]),
         (["--server_address=10.0.0.1:80", "--cid=" + "x" * 65], ["--cid 'xxx", "64"]),
         (["--server_address=10.0.0.1:80", "--cid=../x"], ["--cid '../x'"]),
+        (["--server_address=10.0.0.1:80", "--cid=-h"], ["--cid '-h'", "no '-' in front"]),
         (["--server_address=10.0.0.1", "--cid=0"], ["'10.0.0.1' is not HOST:PORT"]),
         (["--server_address=fd00::1:80", "--cid=0"], ["'fd00::1:80' is not HOST:PORT"]),
         (["--server_address=http://a:80", "--cid=0"], ["'http://a:80' is not HOST:PORT"]),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from federated.errors import FederationError
 from plumbing import descriptors
-from plumbing.security.keys import DAY, SECRET_BYTES, Token, locked
+from plumbing.security.keys import DAY, SECRET_BYTES, Token, locked, private_directory
 
 TOKEN_SECONDS = 24 * 3600.0
 TOKEN_USES = 10
@@ -65,7 +65,7 @@ class Admissions:
     def __init__(self, directory: Path) -> None:
         self.path = directory / "admissions.sqlite"
         try:
-            with locked(directory):
+            with locked(private_directory(directory)):
                 self.path.touch(mode=0o600)
                 with closing(sqlite3.connect(self.path, BUSY_SECONDS)) as db:
                     db.execute("PRAGMA journal_mode = WAL")  # readers and a writer at once

@@ -181,7 +181,13 @@ class Gate:
         self, directory: Path, names: Callable[[], list[str]], report: Callable[[str], None] = print
     ) -> None:
         self.authority = keys.Authority(directory)
+        directory = self.authority.directory
         self.admissions = Admissions(directory)
+        if keys.Authority(directory).hash != self.authority.hash:
+            raise FederationError(
+                f"the keys directory '{directory}' was replaced while the server started; "
+                "start it again"
+            )
         self.names = names
         self.report = report
         self._open_address = False  # whether there is one for stock clients

@@ -64,27 +64,54 @@ def default_keys_dir() -> Path:
 
 
 def private_directory(path: Path) -> Path:
-    """Make `path`, for its owner's eyes only; return it.
+    """Make `path`, for its owner's eyes only; return it without symbolic links.
 
     Raises:
-        FederationError: others can look into it, or it cannot be made.
+        FederationError: others can look into it or replace it, or it cannot be made.
     """
     path = path.expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        mode = stat.S_IMODE(path.stat().st_mode)
+        link = path.lstat()
+        path = path.resolve(strict=True)  # a link that points elsewhere later changes nothing
+        state = path.stat()
+        open_to_all = [parent for parent in path.parents if _anybody_may_replace_in(parent)]
     except OSError as error:
         raise FederationError(
             f"the keys directory '{path}' cannot be made ({error.strerror}); name another by --keys"
         ) from None
+    mode = stat.S_IMODE(state.st_mode)
+    for owner, what in ((state.st_uid, "it"), (link.st_uid, "the link to it")):
+        if owner not in _our_users() and not (what != "it" and owner == 0):
+            raise FederationError(
+                f"user {os.geteuid()} does not own the keys directory '{path}': {what} belongs to "
+                f"user {owner}, who could read or replace the keys; name another by --keys"
+            )
     if mode & 0o077:
         raise FederationError(
             f"others on this machine can look into the keys directory '{path}' (mode {mode:03o}); "
             f"say chmod 700 '{path}', or name another by --keys"
         )
+    if open_to_all:
+        raise FederationError(
+            f"anybody on this machine can replace the keys directory '{path}', since "
+            f"'{open_to_all[0]}' is open to all; say chmod o-w '{open_to_all[0]}', or name another "
+            "by --keys"
+        )
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise FederationError(f"user {os.getuid()} may not use the keys directory '{path}'")
     return path
+
+
+def _our_users() -> set[int]:
+    """Return the users whose directories are ours: this one and, under sudo, who called it."""
+    sudo = os.environ.get("SUDO_UID", "")
+    return {os.geteuid()} | ({int(sudo)} if os.geteuid() == 0 and sudo.isdecimal() else set())
+
+
+def _anybody_may_replace_in(directory: Path) -> bool:
+    mode = directory.stat().st_mode
+    return bool(mode & stat.S_IWOTH and not mode & stat.S_ISVTX)
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -111,7 +138,12 @@ def write_private(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Be the only program that sets up what is in a directory; the system ends it with us."""
-    handle = os.open(directory, os.O_RDONLY)
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise FederationError(
+            f"cannot use the keys directory '{directory}': {error.strerror}"
+        ) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -272,14 +304,16 @@ class Authority:
     """
 
     def __init__(self, directory: Path) -> None:
-        path = private_directory(directory) / "authority.pem"
+        self.directory = private_directory(directory)
+        path = self.directory / "authority.pem"
         # For stock Flower clients and other programs, which need this half alone.
         public = path.with_name("authority.crt")
-        with locked(path.parent):
-            if not path.exists():
+        with locked(self.directory):
+            # A link to nowhere is a disk that is not there yet, and no reason for a new authority.
+            if not (path.exists() or path.is_symlink()):
                 write_private(path, b"".join(self._make()))
             self.key, self.certificate = read_authority(path)
-            if not public.exists() or public.read_bytes() != self.pem:
+            if not (public.is_file() and public.read_bytes() == self.pem):
                 write_private(public, self.pem)
         begin, end = self.certificate.not_valid_before_utc, self.certificate.not_valid_after_utc
         if not begin <= now() <= end:
@@ -368,6 +402,7 @@ def read_authority(path: Path) -> tuple[PrivateKey, x509.Certificate]:
         FederationError: as read_key_file, in words for the owner.
     """
     try:
+        state = path.stat()
         key, certificate, _ = parse_key_file(path.read_bytes())
     except OSError as error:
         raise FederationError(f"cannot read the authority '{path}': {error.strerror}") from None
@@ -376,6 +411,12 @@ def read_authority(path: Path) -> tuple[PrivateKey, x509.Certificate]:
             f"the authority '{path}' is damaged ({error}); put it back from a copy, or move the "
             "directory away and let all devices join anew"
         ) from None
+    # A link may lead out of the private directory.
+    if state.st_mode & 0o077 or state.st_uid not in _our_users():
+        raise FederationError(
+            f"others on this machine can read the authority '{path}'; say chmod 600 '{path}', and "
+            f"chown it to user {os.geteuid()}"
+        )
     return key, certificate
 
 

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> str | None:
                 f"there is no authority in '{directory}' yet; server.py --secure makes one"
             )
         authority = keys.Authority(directory)
-        admissions = Admissions(directory)
+        admissions = Admissions(authority.directory)
         if args.command == "list":
             print_devices(admissions)
             print(f"keys in {directory}, authority sha256:{authority.hash}")

@@ -246,6 +246,14 @@ def test_server_that_answers_with_nonsense_is_waited_for(make_gate, identity):
         listener.close()
 
 
+def test_server_that_people_start_refuses_tls_1_2(start_secure_server, make_gate, knock):
+    """gRPC reads which ciphers it may use but once, when it is imported."""
+    _, address, _ = start_secure_server()
+    pair = admitted(make_gate())
+    assert knock(address, pair)
+    assert knock(address, pair, maximum_version=ssl.TLSVersion.TLSv1_2) == b""
+
+
 def test_openssl_confirms_protocol_cipher_and_chain(fleet, tmp_path):
     gate = fleet.gate
     (tmp_path / "device.pem").write_bytes(b"".join(admitted(gate)))

@@ -1,11 +1,13 @@
 """Every method of a secured server is behind the gate, also one that is added tomorrow."""
 
+import asyncio
 import ssl
 
 import grpc
 import pytest
 
 from plumbing.security import keys
+from plumbing.security.gate import Peer
 from plumbing.security.identity import ENROL, RENEW
 from plumbing.stream import device as transport
 from tests.security.conftest import admitted, channel, rogue
@@ -122,3 +124,23 @@ def test_session_of_the_open_address_opens_nothing_at_the_other(open_fleet):
     assert b"keepalive_seconds" in first.data and first.session.has_ticket
     reused, said = call(fleet.address, keyless, transport.HELLO, first.session)
     assert not reused and said.data == b""
+
+
+class Keyless:
+    """A call on a connection that shows no certificate."""
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {}
+
+    async def abort(self, code: grpc.StatusCode, reason: str) -> None:
+        raise PermissionError(code, reason)
+
+
+def test_caller_without_certificate_is_let_in_only_where_an_address_is_open(make_gate):
+    """TLS demands a certificate; if it once did not, nobody would be in."""
+    gate = make_gate()
+    gate.credentials()
+    with pytest.raises(PermissionError, match="a key is needed here"):
+        asyncio.run(gate.check(Keyless()))
+    gate.credentials(demand_key=False)
+    assert asyncio.run(gate.check(Keyless())) == Peer()

@@ -101,7 +101,8 @@ def test_directory_of_another_user_is_told_in_one_line():
         done = run_python("-c", textwrap.dedent(code), f"{folder}/owner", cwd=ROOT)
     first, second = done.stdout.splitlines()
     assert "may not look for its key" in first and "Permission denied" in first
-    assert "user 65534 may not use the keys directory" in second
+    assert "user 65534 does not own the keys directory" in second
+    assert "it belongs to user 0, who could read or replace the keys" in second
 
 
 @pytest.mark.parametrize("what", ["a file", "a link to nowhere", "a link to a directory"])
@@ -117,6 +118,111 @@ def test_keys_directory_that_is_something_else(tmp_path, what):
         return
     with pytest.raises(FederationError, match=r"cannot be made \(File exists\)"):
         keys.Authority(place)
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="root alone can give a file away")
+
+
+@needs_root
+@pytest.mark.parametrize("sudo", [False, True])
+def test_directory_of_somebody_else_is_root_s_only_under_their_sudo(tmp_path, monkeypatch, sudo):
+    place = tmp_path / "keys"
+    place.mkdir(mode=0o700)
+    os.chown(place, 65534, 65534)
+    if sudo:
+        monkeypatch.setenv("SUDO_UID", "65534")
+        assert keys.Authority(place).hash
+        return
+    monkeypatch.delenv("SUDO_UID", raising=False)
+    with pytest.raises(FederationError, match="it belongs to user 65534, who could read"):
+        keys.Authority(place)
+    assert not list(place.iterdir())
+
+
+@needs_root
+def test_link_of_somebody_else_is_not_followed(tmp_path):
+    (tmp_path / "target").mkdir(mode=0o700)
+    (tmp_path / "keys").symlink_to(tmp_path / "target")
+    os.lchown(tmp_path / "keys", 65534, 65534)
+    with pytest.raises(FederationError, match="the link to it belongs to user 65534"):
+        keys.Authority(tmp_path / "keys")
+
+
+def test_directory_that_anybody_could_replace_is_refused(tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    with pytest.raises(
+        FederationError, match=r"anybody .* can replace .*; say chmod o-w '.*shared'"
+    ):
+        keys.Authority(tmp_path / "shared/keys")
+    (tmp_path / "shared").chmod(0o1777)  # as /tmp: each can remove their own alone
+    assert keys.Authority(tmp_path / "shared/keys").hash
+
+
+def test_link_that_is_pointed_elsewhere_while_the_server_starts_changes_nothing(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir(mode=0o700)
+    link = tmp_path / "keys"
+    link.symlink_to(tmp_path / "one")
+    authority = keys.Authority(link)
+    link.unlink()
+    link.symlink_to(tmp_path / "two")
+    assert Admissions(authority.directory).path == tmp_path / "one/admissions.sqlite"
+    assert not list((tmp_path / "two").iterdir())
+
+
+@pytest.mark.parametrize("by", ["another directory", "nothing"])
+def test_directory_that_is_replaced_while_the_server_starts_is_told(tmp_path, monkeypatch, by):
+    place = tmp_path / "keys"
+    real = keys.read_authority
+
+    def read_and_replace(path):
+        found = real(path)
+        if not (tmp_path / "old").exists():
+            place.rename(tmp_path / "old")
+            if by != "nothing":
+                place.mkdir(mode=0o700)
+                (place / "authority.crt").touch()
+        return found
+
+    monkeypatch.setattr(keys, "read_authority", read_and_replace)
+    with pytest.raises(FederationError, match=r"was replaced while|cannot write"):
+        Gate(place, lambda: ["localhost"], print)
+
+
+def test_authority_that_others_can_read_is_refused(make_gate, tmp_path):
+    make_gate()
+    path = tmp_path / "owner/authority.pem"
+    path.chmod(0o640)
+    with pytest.raises(
+        FederationError, match=r"others .* can read the authority .*; say chmod 600"
+    ):
+        make_gate()
+
+
+def test_authority_on_a_disk_that_is_not_there_is_not_made_anew(make_gate, tmp_path):
+    make_gate()
+    path = tmp_path / "owner/authority.pem"
+    (tmp_path / "disk").mkdir(mode=0o700)
+    path.rename(tmp_path / "disk/authority.pem")
+    path.symlink_to(tmp_path / "disk/authority.pem")
+    before = make_gate().authority.hash
+    (tmp_path / "disk").rename(tmp_path / "taken-out")
+    with pytest.raises(FederationError, match=r"cannot read the authority .*No such file"):
+        make_gate()
+    (tmp_path / "taken-out").rename(tmp_path / "disk")
+    assert make_gate().authority.hash == before
+
+
+@pytest.mark.parametrize("name", ["authority.pem", "authority.crt", "admissions.sqlite"])
+def test_directory_in_a_file_s_place_is_one_line(make_gate, tmp_path, name):
+    make_gate()
+    path = tmp_path / "owner" / name
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(FederationError, match=name) as error:
+        make_gate()
+    assert "\n" not in str(error.value)
 
 
 # --- Whole or not there ---
