@@ -379,7 +379,10 @@ def append(path: Path, data: bytes, sync: bool = True) -> None:
             if sync:
                 os.fsync(file.fileno())
         except OSError:
-            os.truncate(file.fileno(), size)
+            with contextlib.suppress(
+                OSError
+            ):  # a disk that fails altogether; the first error tells
+                os.truncate(file.fileno(), size)
             raise
 
 
