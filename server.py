@@ -536,8 +536,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="DIR",
-        help="go on with the run in this directory, or with the newest in runs/, from its last "
-        "finished round; its settings hold unless given anew",
+        help="continue the run in this directory, or the newest in runs/ that has a finished "
+        "round, after its last finished round; its settings hold unless flags override them",
     )
     parser.set_defaults(run_id="")
     args = parser.parse_args(argv)

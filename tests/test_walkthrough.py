@@ -69,7 +69,11 @@ def test_walk_through_to_a_saved_model_that_starts_the_next_run(
     assert re.search(r"192 images +\d+\.\d s +[\d,]+ images/s +[\d,]+ MB RAM", details[0])
     assert rounds[1]["test_images"] == "80 synthetic images"
     with safetensors.safe_open(run / "checkpoint.safetensors", "np") as checkpoint:
-        assert checkpoint.metadata()["server_round"] == "2"
+        notes = checkpoint.metadata()
+    assert notes["server_round"] == "2"
+    fields = {*config, *rounds[1], *device, *said, *notes, *(path.name for path in run.iterdir())}
+    documented = set(re.findall(r"`([\w.]+)`", (ROOT / "docs/runs.md").read_text()))
+    assert fields <= documented
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
 
     net = utils.build_model("Net", 10)

@@ -390,6 +390,20 @@ def test_second_server_on_a_run_directory_is_refused_in_one_line(
 # --- What --resume repairs, and what it refuses ---------------------------------------
 
 
+def test_resume_without_a_directory_prints_which_runs_it_does_not_use(
+    finished_run, monkeypatch, capsys, tmp_path
+):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    finished_run.rename(runs / "finished")
+    aborted = runs / "aborted"
+    shutil.copytree(runs / "finished", aborted)
+    rewrite(unchanged, server_round="0")(aborted)  # newer
+    monkeypatch.setattr(server, "ROOT", tmp_path)
+    assert server.parse_args(["--resume"]).run_dir == str(runs / "finished")
+    assert capsys.readouterr().out == f"not resuming '{aborted}': it has no finished round\n"
+
+
 def test_flipped_bit_in_the_checkpoint_costs_one_round(
     launch, start_server, start_device, record_fault, tmp_path
 ):
