@@ -86,7 +86,7 @@ class RunDirectory:
             raise FederationError(
                 f"cannot write run directory '{path}' ({error.strerror}); choose another --run_dir"
             ) from error
-        except FederationError:
+        except BaseException:  # Ctrl-C too
             self.abandon()
             raise
 

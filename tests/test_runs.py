@@ -331,6 +331,16 @@ def test_directory_that_cannot_be_set_up_is_removed(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_directory_is_removed_after_ctrl_c_while_it_is_set_up(tmp_path, monkeypatch):
+    def ctrl_c(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.os, "fsync", ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        RunDirectory(tmp_path / "run", CONFIG)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("kept_for", ["it existed", "a user's file", "a round", "a lost round"])
 def test_directory_is_kept_for(tmp_path, monkeypatch, kept_for):
     path = tmp_path / "run"
