@@ -76,8 +76,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[RunSettings, argparse.Namesp
     parser.flag("run_dir", "where to leave results (default: runs/<time>-<model>/)", metavar="DIR")
     parser.flag(
         "resume",
-        "continue the run in this directory, or the newest in runs/, after its last finished "
-        "round; its settings hold unless given again",
+        "continue the run in this directory, or the newest in runs/ that has a finished round, "
+        "after its last finished round; its settings hold unless flags override them",
         nargs="?",
         const="",
         metavar="DIR",

@@ -65,7 +65,7 @@ def _write_whole(path: Path, data: bytes, keep_as: Path | None) -> None:
         if keep_as and path.exists():
             _keep(path, keep_as)
         part.replace(path)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         part.unlink(missing_ok=True)
         raise
     directory = os.open(path.parent, os.O_RDONLY)

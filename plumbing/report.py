@@ -199,7 +199,8 @@ def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> 
     seconds.plot(numbers, whole, "k--", label="whole round")
     seconds.set(title="Time", ylabel="seconds")
     seconds.set_ylim(bottom=0)
-    seconds.legend()
+    for text in seconds.legend().get_texts():
+        text.set_parse_math(False)  # a name may hold dollar signs
 
     for axes in (accuracy, loss, seconds):
         axes.set_xlabel("round")

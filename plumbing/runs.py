@@ -101,7 +101,7 @@ class RunDirectory:
             raise FederationError(
                 f"cannot write run directory '{path}' ({error.strerror}); choose another --run_dir"
             ) from error
-        except FederationError:
+        except BaseException:  # Ctrl-C too
             self.abandon()
             raise
 
@@ -429,7 +429,10 @@ def append(path: Path, data: bytes, sync: bool = True) -> None:
             if sync:
                 os.fsync(file.fileno())
         except OSError:
-            os.truncate(file.fileno(), size)
+            with contextlib.suppress(
+                OSError
+            ):  # a disk that fails altogether; the first error tells
+                os.truncate(file.fileno(), size)
             raise
 
 

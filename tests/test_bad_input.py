@@ -1,6 +1,8 @@
 """Each mistake gets one line that says what, shows the value and tells what to do."""
 
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -188,7 +190,12 @@ def test_full_disk_is_told_each_round_and_ends_with_an_error(start_server, start
         process.wait_for(r"round 1: cannot write .*No space left on device.*; training goes on")
         process.wait_for("round 2/2")
         assert process.finish() == 1
-        assert process.lines[-1].startswith("server.py: cannot write")
+        line = re.fullmatch(
+            r"server.py: cannot write to .*; the model is in '(.*)'", process.lines[-1]
+        )
+        assert line, process.output
+        assert len(safetensors.numpy.load_file(line[1])) == 10
+        shutil.rmtree(Path(line[1]).parent)
         assert not [path for path in (disk / "run").iterdir() if path.suffix == ".part"]
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)

@@ -17,7 +17,7 @@ def test_report_is_a_picture_also_with_devices_that_come_and_go(tmp_path):
             "accuracy": i / 10,
             "loss": 1 / i,
             "seconds": 4.0,
-            "devices": [{"name": f"device {j}", "seconds": 1.0 + j} for j in range(i)],
+            "devices": [{"name": f"device {j} $_{{", "seconds": 1.0 + j} for j in range(i)],
         }
         for i in range(1, 4)
     ]

@@ -1,11 +1,13 @@
 """The walk-through with real processes and real gRPC."""
 
+import hashlib
 import json
 import re
 import signal
 import socket
 import sys
 import time
+from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
@@ -40,12 +42,22 @@ def test_walk_through_to_a_saved_model_that_starts_the_next_run(
 
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoint.safetensors", "model.safetensors", "report.png",
+        "config.json", "metrics.jsonl", "checkpoint.safetensors", "checkpoint.previous.safetensors",
+        "model.safetensors", "report.png", "lock",
     }  # fmt: skip
-    assert json.loads((run / "config.json").read_text())["epochs"] == 2
+    config = json.loads((run / "config.json").read_text())
+    assert config["epochs"] == 2
+    assert config["momentum"] == 0.9
+    assert config["utils_sha256"] == hashlib.sha256((ROOT / "utils.py").read_bytes()).hexdigest()
+    assert {"git_commit", "git_changed"} <= config.keys()
     rounds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [metrics["server_round"] for metrics in rounds] == [1, 2]
     assert [device["name"] for device in rounds[1]["devices"]] == ["device 0", "device 1"]
+    assert [metrics["lr"] for metrics in rounds] == [config["lr"], config["lr"] / 2]
+    for metrics in rounds:
+        assert datetime.fromisoformat(metrics["time"]).utcoffset() == timedelta(0)
+        for name in ("bytes_sent", "bytes_received"):
+            assert metrics[name] == sum(device[name] for device in metrics["devices"]) > 2 * 248_024
     device = rounds[1]["devices"][0]
     said = device["metrics"]
     assert device["num_examples"] == 192
@@ -57,7 +69,11 @@ def test_walk_through_to_a_saved_model_that_starts_the_next_run(
     assert re.search(r"192 images +\d+\.\d s +[\d,]+ images/s +[\d,]+ MB RAM", details[0])
     assert rounds[1]["test_images"] == "80 synthetic images"
     with safetensors.safe_open(run / "checkpoint.safetensors", "np") as checkpoint:
-        assert checkpoint.metadata()["server_round"] == "2"
+        notes = checkpoint.metadata()
+    assert notes["server_round"] == "2"
+    fields = {*config, *rounds[1], *device, *said, *notes, *(path.name for path in run.iterdir())}
+    documented = set(re.findall(r"`([\w.]+)`", (ROOT / "docs/runs.md").read_text()))
+    assert fields <= documented
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
 
     net = utils.build_model("Net", 10)

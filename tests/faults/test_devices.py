@@ -243,6 +243,7 @@ def test_exception_in_training_is_told_and_three_in_a_row_leave_a_device_out(
 def test_round_without_enough_good_replies_is_tried_again_and_then_the_run_can_be_resumed(
     start_server, start_device, launch, record_fault, tmp_path
 ):
+    (tmp_path / "run").mkdir()  # one that existed before is kept, also without a finished round
     server, address = start_server(rounds="2", min_replies="2", round_retries="1", partition="none")
     good = start_device(address, "good", "--add=1")
     bad = start_device(address, "bad", "--add=nan")

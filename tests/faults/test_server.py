@@ -227,7 +227,9 @@ def test_second_ctrl_c_ends_the_server_at_once(start_server, start_device, recor
     process.wait_for("waiting for 2 devices")
     hung.signal(signal.SIGSTOP)
     process.signal(signal.SIGINT)
-    process.wait_for("server.py: interrupted; devices wait")
+    process.wait_for(
+        "server.py: interrupted; devices wait. No round was finished: its directory is removed"
+    )
     time.sleep(0.1)
     began = time.monotonic()
     process.signal(signal.SIGINT)
@@ -235,7 +237,7 @@ def test_second_ctrl_c_ends_the_server_at_once(start_server, start_device, recor
     ended = time.monotonic() - began
     assert ended < 0.7
     assert "Traceback" not in process.output
-    assert round_of_checkpoint(tmp_path / "run") == 0
+    assert not (tmp_path / "run").exists()
     record_fault(
         "second Ctrl-C",
         "two SIGINT while a hung device is told of the first",
@@ -326,7 +328,7 @@ def test_full_disk_keeps_the_last_good_checkpoint_and_is_tried_again_each_round(
     )
 
 
-def test_run_directory_removed_in_mid_run_is_told_and_made_anew(
+def test_run_directory_removed_in_mid_run_is_reported_and_made_again(
     start_server, start_device, record_fault, tmp_path
 ):
     run = tmp_path / "run"
@@ -338,7 +340,7 @@ def test_run_directory_removed_in_mid_run_is_told_and_made_anew(
         time.sleep(0.01)
     shutil.rmtree(run)
     (tmp_path / "round-2").touch()
-    process.wait_for(f"round 2: run directory '{run}' is gone with what was in it; made it anew")
+    process.wait_for(f"round 2: run directory '{run}' was removed with all files in it; made it")
     (tmp_path / "round-3").touch()
     assert process.finish() == 0
     assert [metrics["server_round"] for metrics in rounds_of(run)] == [2, 3]
@@ -347,12 +349,93 @@ def test_run_directory_removed_in_mid_run_is_told_and_made_anew(
     record_fault(
         "run directory removed in mid-run",
         "rm -r after round 1",
-        "told; made anew with settings, checkpoint and the rounds from then on",
+        "reported; made again with settings, checkpoint and the rounds from then on",
         stock="writes nothing at all",
     )
 
 
-# --- What --resume refuses ------------------------------------------------------------
+# --- One directory, two servers -------------------------------------------------------
+
+
+def test_second_server_on_a_run_directory_is_refused_in_one_line(
+    start_server, start_device, launch, record_fault, tmp_path
+):
+    run = tmp_path / "run"
+    (tmp_path / "round-1").touch()
+    first, address = start_server(rounds="2", min_num_clients="1", min_sample_size="1")
+    start_device(address, 0, "--gate", tmp_path, "--max_pause=0.2")
+    first.wait_for("round 1/2")
+    while round_of_checkpoint(run) != 1:
+        time.sleep(0.01)
+    resume = [sys.executable, ROOT / "server.py", f"--resume={run}"]
+    second = launch(*resume, "--server_address=127.0.0.1:0")
+    assert second.finish() == 1
+    assert second.lines == [
+        f"server.py: run directory '{run}' is locked by its server (process {first.popen.pid}); "
+        "stop that one first, or choose another --run_dir"
+    ]
+    first.signal(signal.SIGKILL)
+    first.finish()
+    (tmp_path / "round-2").touch()
+    third = launch(*resume, f"--server_address={address}")
+    assert third.finish() == 0, third.output
+    assert [metrics["server_round"] for metrics in rounds_of(run)] == [1, 2]
+    record_fault(
+        "second server on a run directory",
+        "--resume of a directory whose server runs",
+        "refused in one line; the lock ends with its server, also by SIGKILL",
+    )
+
+
+# --- What --resume repairs, and what it refuses ---------------------------------------
+
+
+def test_resume_without_a_directory_prints_which_runs_it_does_not_use(
+    finished_run, monkeypatch, capsys, tmp_path
+):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    finished_run.rename(runs / "finished")
+    aborted = runs / "aborted"
+    shutil.copytree(runs / "finished", aborted)
+    rewrite(unchanged, server_round="0")(aborted)  # newer
+    monkeypatch.setattr(server, "ROOT", tmp_path)
+    assert server.parse_args(["--resume"]).run_dir == str(runs / "finished")
+    assert capsys.readouterr().out == f"not resuming '{aborted}': it has no finished round\n"
+
+
+def test_flipped_bit_in_the_checkpoint_costs_one_round(
+    launch, start_server, start_device, record_fault, tmp_path
+):
+    run, last = tmp_path / "run", tmp_path / "run/checkpoint.safetensors"
+    for server_round in (1, 2, 3):
+        (tmp_path / f"round-{server_round}").touch()
+    one = {"rounds": "4", "min_num_clients": "1", "min_sample_size": "1"}
+    process, address = start_server(server_address=f"127.0.0.1:{free_port()}", **one)
+    device = start_device(address, 0, "--gate", tmp_path, "--max_pause=0.2")
+    device.wait_for("fit of round 4")
+    process.signal(signal.SIGINT)
+    process.finish()
+    data = bytearray(last.read_bytes())
+    data[100_000] ^= 1
+    last.write_bytes(data)
+    (tmp_path / "round-4").touch()
+    process = launch(sys.executable, ROOT / "server.py", f"--resume={run}")
+    assert process.finish() == 0, process.output
+    assert (
+        f"weights file '{last}' is damaged (its checksum does not match) (it was of round 3); "
+        f"using '{run / 'checkpoint.previous.safetensors'}' of round 2"
+    ) in process.lines
+    assert [metrics["server_round"] for metrics in rounds_of(run)] == [1, 2, 3, 4]
+    assert device.finish() == 0
+    after = safetensors.numpy.load_file(run / "model.safetensors")
+    for name, value in utils.build_model("Net", 10, seed=0).state_dict().items():
+        np.testing.assert_allclose(after[name], value + 4, atol=1e-5)
+    record_fault(
+        "a bit of the checkpoint flips",
+        "one bit of a weight, --resume",
+        "its checksum does not match: goes on from the checkpoint before",
+    )
 
 
 @pytest.fixture
@@ -367,6 +450,7 @@ def finished_run(tmp_path: Path) -> Path:
     run = RunDirectory(tmp_path / "run", {**vars(args), "run_id": "0", "classes": classes})
     metrics = {"server_round": 1, "loss": 2.3, "accuracy": 0.1, "seconds": 1.0, "devices": []}
     run.save(1, named, {}, metrics)
+    run.close()
     return tmp_path / "run"
 
 
@@ -432,9 +516,9 @@ ODD = np.zeros(3, np.float32)
         (rewrite(lambda n: n.pop("fc3.bias")), "is of another model than Net: it has 9 arrays"),
         (rewrite(lambda n: n.update({"fc3.bias": ODD})), "fc3.bias is float32 (3,), not float32"),
         (rewrite(lambda n: n["fc3.bias"].fill(np.nan)), "has non-finite values in fc3.bias"),
-        (rewrite(unchanged, server_round=""), "does not say of which round it is"),
-        (rewrite(unchanged, server_round="-1"), "does not say of which round it is"),
-        (rewrite(unchanged, server_round="²"), "does not say of which round it is"),
+        (rewrite(unchanged, server_round=""), "does not note a round"),
+        (rewrite(unchanged, server_round="-1"), "does not note a round"),
+        (rewrite(unchanged, server_round="²"), "does not note a round"),
         (
             rewrite(lambda n: n.update({"strategy/m_t/1": ODD})),
             "holds the state of another strategy than FedAvg",
@@ -499,6 +583,32 @@ def test_torn_line_of_metrics_is_healed(
         "power cut while metrics.jsonl is written",
         f"{name} line at its end, --resume",
         "the line is dropped, each round is there once",
+    )
+
+
+def test_metrics_of_another_shape_cost_one_line_and_no_result(
+    start_server, start_device, record_fault, tmp_path
+):
+    run = tmp_path / "run"
+    process, address = start_server(rounds="2", min_num_clients="1", min_sample_size="1")
+    start_device(address, 0, "--gate", tmp_path)
+    (tmp_path / "round-1").touch()
+    process.wait_for("round 1/2")
+    while round_of_checkpoint(run) != 1:
+        time.sleep(0.01)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"server_round": 1, "devices": 3}\n[[[[]]]]\n')
+    (tmp_path / "round-2").touch()
+    assert process.finish() == 0
+    assert process.lines[-2:] == [
+        f"'{run}/metrics.jsonl' line 2: devices is 3 and 1 more; left out as no record of a round",
+        f"model in {run}/model.safetensors, curves in {run}/report.png",
+    ]
+    assert (run / "report.png").exists()
+    record_fault(
+        "metrics.jsonl edited by hand in mid-run",
+        "valid JSON of another shape",
+        "one line; all results are written",
     )
 
 
