@@ -8,7 +8,7 @@ Waits for the server, comes back when the connection breaks, ends when the run i
 import signal
 
 if __name__ == "__main__":
-    # Until main() begins, while torch is imported, Ctrl-C ends without a traceback.
+    # Until main() begins, while gRPC is imported, Ctrl-C ends without a traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
