@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from plumbing.stream.fleet import Fleet
 
@@ -127,6 +129,20 @@ def launch() -> Iterator[Callable[..., Process]]:
         if process.popen.poll() is None:
             os.killpg(process.popen.pid, signal.SIGKILL)
             process.popen.wait()
+
+
+@pytest.fixture
+def own_images(tmp_path: Path) -> Path:
+    """Make a folder with 100 images to train on, and 20 to test on."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 50), ("test", 10)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "images"
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import client
 import torch_trainer
@@ -28,20 +27,6 @@ DATA = "synthetic:400"
 @pytest.fixture
 def device() -> client.Client:
     return client.Client("1", TorchTrainer("1", "Net", DATA, "cpu"))
-
-
-@pytest.fixture
-def own_images(tmp_path) -> Path:
-    """A folder with 100 images to train on, and 20 to test on."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 50), ("test", 10)):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "images" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path / "images"
 
 
 def config(**changes) -> dict:

@@ -56,6 +56,24 @@ def test_run_shows_all_speakers_and_ends_with_the_model(launch, tmp_path, monkey
     assert_nothing_left(run)
 
 
+@pytest.mark.parametrize(
+    ("flags", "data"),
+    [
+        ([], r"50 of 100 images \(part 0 of 2\)"),
+        (["--partition=none"], "100 images, all of them"),
+    ],
+)
+def test_folder_of_images_is_split_unless_the_user_decides(
+    launch, own_images, tmp_path, flags, data
+):
+    run = launch(
+        ROOT / "run_local.sh", f"--data_dir={own_images}", "--rounds=1", "--batch_size=10",
+        "--run_dir", tmp_path / "run", *flags,
+    )  # fmt: skip
+    assert run.finish() == 0, run.output
+    assert re.search(f"server   \\| device 0 joined: .*, Net, {data}\n", run.output)
+
+
 def test_secure_run_shows_no_token_to_other_users_and_leaves_no_key(launch, tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
