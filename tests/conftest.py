@@ -1,7 +1,5 @@
 """Real servers and clients in processes of their own, on tiny synthetic data."""
 
-import plumbing  # isort: skip # noqa: F401 # first: it sets what gRPC reads when it is imported
-
 import os
 import queue
 import re
@@ -14,11 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+
+from plumbing import cli
+
+os.environ.update(cli.ENVIRONMENT)  # before gRPC is imported, which reads it then
+
 from PIL import Image
 
-from plumbing.stream.fleet import Fleet
+from plumbing.stream.fleet import StreamFleet
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,26 +36,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def told() -> list[str]:
-    """What the owner of a fleet was told, line by line."""
-    return []
-
-
-@pytest.fixture
-def open_fleet(told: list[str]) -> Iterator[Callable[..., Fleet]]:
+def open_fleet() -> Iterator[Callable[..., StreamFleet]]:
     """Open a fleet on a free port."""
-    fleets: list[Fleet] = []
+    fleets: list[StreamFleet] = []
 
-    def start(**options: Any) -> Fleet:
+    def start(**options: Any) -> StreamFleet:
         settings = {
             "server_address": "127.0.0.1:0",
             "greeting": {"seed": 7},
             "admit": lambda properties: None,
-            "announce": lambda device, event: told.append(f"{device.name} {event}"),
-            "refuse": lambda who, reason: told.append(f"refused {who}: {reason}"),
             **options,
         }
-        fleets.append(Fleet(**settings))
+        fleets.append(StreamFleet(**settings))
         return fleets[-1]
 
     yield start

@@ -1,6 +1,9 @@
 """Fake devices for all tests: a fleet in memory, and a device that anybody can follow."""
 
 import collections
+import contextlib
+import io
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -9,6 +12,7 @@ import numpy as np
 from federated.errors import BadReply
 from federated.rounds import Device, Event, Fleet, Job, Joined, Offered, Result
 from federated.updates import Weights, make_update
+from plumbing.report import Console
 
 Reply = Callable[[Job], "tuple[Weights, int] | BadReply | None"]
 
@@ -79,6 +83,54 @@ class MemoryFleet(Fleet):
         if timeout is None:
             raise AssertionError("the schedule waits for what never comes")
         return None
+
+
+class Recorder:
+    """Takes a fleet's events as a schedule does, and keeps them."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.events: list[Event] = []
+
+    def until(self, done: Callable[[], object], seconds: float = 20) -> None:
+        """Take events until `done()`; AssertionError when that takes too long."""
+        deadline = time.monotonic() + seconds
+        while not done():
+            left = deadline - time.monotonic()
+            assert left > 0, f"not within {seconds} s; so far: {self.lines()}"
+            if event := self.fleet.wait(min(left, 0.05)):
+                self.events.append(event)
+
+    def wait_for(self, count: int, seconds: float = 20) -> list[Device]:
+        """Take events until so many devices are connected; return them by name."""
+        self.until(lambda: len(self.fleet.devices) >= count, seconds)
+        return [device for _, device in sorted(self.fleet.devices.items())]
+
+    def exchange(
+        self, model: Weights, job_id: str = "1", seconds: float = 20, **config: object
+    ) -> list[Result]:
+        """Give all idle devices a job; return their results by the device's name."""
+        job = Job(job_id, 0, model, config)  # type: ignore[arg-type]
+        asked = self.fleet.idle()
+        for device in asked:
+            self.fleet.start(device, job)
+        first = len(self.events)
+
+        def results() -> list[Result]:
+            return [e for e in self.events[first:] if isinstance(e, Result) and e.job is job]
+
+        self.until(lambda: len(results()) == len(asked), seconds)
+        return sorted(results(), key=lambda result: result.device.cid)
+
+    def lines(self) -> list[str]:
+        """Return the events as people read them."""
+        console = Console("here", 1, "")
+        lines = []
+        for event in self.events:
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                console(event)
+            lines += printed.getvalue().splitlines()
+        return lines
 
 
 def small_model() -> Weights:
