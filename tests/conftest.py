@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from plumbing import cli
 
 os.environ.update(cli.ENVIRONMENT)  # before gRPC is imported, which reads it then
 
-from PIL import Image
 
 from plumbing.stream.fleet import StreamFleet
 
