@@ -37,11 +37,10 @@ import utils
 from federated.errors import FederationError
 from federated.settings import Settings
 from plumbing.addresses import check_cid, parse_address
-from plumbing.board import describe_board
+from plumbing.board import Telemetry, available_memory, describe_board
 from plumbing.security.identity import open_identity
 from plumbing.security.keys import default_keys_dir
 from plumbing.stream.device import enrol, serve
-from plumbing.telemetry import Telemetry
 
 ROOT = Path(__file__).resolve().parent
 
@@ -60,6 +59,7 @@ class Client(NumPyClient):
         self.data_dir = data_dir
         self.device = device
         self.net = utils.build_model(model, len(data.classes))
+        self.checked_batch_size = 0  # the largest that was found to fit into memory
         self.telemetry = Telemetry()
 
     def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +76,7 @@ class Client(NumPyClient):
         try:
             trainset = self._trainset(settings)
             utils.TrainLoader(trainset, settings.batch_size)
+            self._check_memory(trainset, settings.batch_size)
         except utils.TaskError as error:
             return {**properties, "problem": str(error)}
         return {**properties, "images": len(trainset)}
@@ -160,6 +161,31 @@ class Client(NumPyClient):
                 self.data, self.cut = utils.load_data(self.data_dir, "train", size), None
             self.data, self.cut = self._part(*cut), cut
         return self.data
+
+    def _check_memory(self, trainset: utils.ImageSet, batch_size: int) -> None:
+        """Warn of training that will swap.
+
+        Raises:
+            utils.TaskError: it takes more than RAM and swap have.
+        """
+        if batch_size <= self.checked_batch_size:  # a device that reconnects has its memory already
+            return
+        needed = utils.training_bytes(self.net, trainset, batch_size, self.device)
+        ram, swap = available_memory()
+        problem = (
+            f"training {self.model} in batches of {batch_size} takes about {needed / 1e6:,.0f} MB "
+            f"more, and this device has {ram / 1e6:,.0f} MB of RAM and {swap / 1e6:,.0f} MB of "
+            "swap free"
+        )
+        advice = "start the server with a smaller --batch_size or another --model"
+        if needed > ram + swap:
+            raise utils.TaskError(f"{problem}; {advice}, or add swap here")
+        if needed > ram:
+            print(
+                f"Client {self.cid}: warning: {problem}, so it will swap and be slow; {advice}",
+                file=sys.stderr,
+            )
+        self.checked_batch_size = batch_size
 
     def _part(self, scheme: str, num_partitions: int, seed: int) -> utils.ImageSet:
         if scheme == "none":

@@ -29,6 +29,7 @@ import math
 import os
 import platform
 import secrets
+import shlex
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,7 @@ from federated.errors import BadReply, FederationError
 from federated.settings import Settings
 from federated.updates import check_update, clean_metrics
 from plumbing.addresses import listening_addresses, parse_address
-from plumbing.report import draw_report
+from plumbing.report import device_line, draw_report
 from plumbing.runs import (
     RunDirectory,
     load_checkpoint,
@@ -62,7 +63,6 @@ from plumbing.security.gate import Gate, local_names, public_address
 from plumbing.security.keys import default_keys_dir
 from plumbing.stream import wire
 from plumbing.stream.fleet import LOST, MAX_FAILURES, REVOKED, Device, Fleet
-from plumbing.telemetry import detail
 
 ROOT = Path(__file__).resolve().parent
 MOMENTUM = 0.9
@@ -627,7 +627,7 @@ def print_round(metrics: Mapping[str, Any], rounds: int, where: str) -> None:
         f"{metrics['seconds']:.1f} s"
     )
     for device in devices[:MAX_DETAILS]:
-        say(detail(device))
+        say(device_line(device))
     if len(devices) > MAX_DETAILS:
         say(f"  … and {len(devices) - MAX_DETAILS} more in metrics.jsonl")
 
@@ -804,9 +804,11 @@ def run(args: argparse.Namespace) -> None:
     except BaseException as error:
         if run_directory:
             what = "stopped" if isinstance(error, Exception) else "interrupted"
+            command = os.environ.get("RESUME_COMMAND", "python server.py --resume")
             print(
                 f"server.py: {what}; devices wait. To go on after round "
-                f"{run_directory.saved_round}: python server.py --resume {run_directory}",
+                f"{run_directory.saved_round}: {command} {shlex.quote(str(run_directory))}\n",
+                end="",  # one write, which the fleet's thread cannot print into
                 file=sys.stderr,
             )
         raise

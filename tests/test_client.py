@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -121,6 +122,93 @@ def test_garbage_is_looked_for_once_among_the_imports_and_not_at_the_end():
 def test_weights_of_another_model_name_the_way_out(device):
     with pytest.raises(FederationError, match="start both sides with the same --model"):
         device.fit(utils.get_weights(device.net)[:-1], config())
+
+
+# --- Memory ---------------------------------------------------------------------------
+
+
+def with_memory(monkeypatch, ram: float, swap: float) -> None:
+    monkeypatch.setattr(client, "available_memory", lambda: (ram, swap))
+
+
+def test_training_with_room_for_it_gives_no_warning(device, monkeypatch, capsys):
+    with_memory(monkeypatch, 60e6, 0)
+    assert "problem" not in device.get_properties(config())
+    assert capsys.readouterr().err == ""
+
+
+def test_training_that_will_swap_is_a_warning_with_the_figures(device, monkeypatch, capsys):
+    with_memory(monkeypatch, 10e6, 1e9)
+    for _ in range(2):  # once, however often it connects
+        assert "problem" not in device.get_properties(config(batch_size=100))
+    assert re.fullmatch(
+        r"Client 1: warning: training Net in batches of 100 takes about 2\d MB more, and this "
+        r"device has 10 MB of RAM and 1,000 MB of swap free, so it will swap and be slow; start "
+        r"the server with a smaller --batch_size or another --model\n",
+        capsys.readouterr().err,
+    )
+
+
+def test_training_without_room_for_it_is_a_problem_that_names_the_way_out(device, monkeypatch):
+    with_memory(monkeypatch, 10e6, 5e6)
+    problem = device.get_properties(config(batch_size=100))["problem"]
+    assert "takes about 2" in problem
+    assert "10 MB of RAM and 5 MB of swap" in problem
+    assert problem.endswith("smaller --batch_size or another --model, or add swap here")
+    with_memory(monkeypatch, 60e6, 0)
+    assert "problem" not in device.get_properties(config(batch_size=100))
+
+
+PEAK = """
+import re, client, utils
+from pathlib import Path
+
+def megabytes(name):
+    return int(re.search(name + r":\\s*([0-9]+)", Path("/proc/self/status").read_text())[1]) / 1e3
+
+model, batch_size = "{model}", {batch_size}
+data = utils.load_data(f"synthetic:{{2 * batch_size}}", "train")
+device = client.Client("0", model, data, "", "cpu")
+settings = dict(partition="none", num_partitions=1, seed=0, batch_size=batch_size)
+device.get_properties(settings)
+before = megabytes("VmRSS")
+needed = utils.training_bytes(device.net, device.data, batch_size) / 1e6
+weights = utils.get_weights(device.net)  # as they come from the server, in two copies
+message = b"".join(w.tobytes() for w in weights)
+weights, num_examples, metrics = device.fit(weights, {{**settings, "lr": 0.02, "server_round": 1}})
+message = b"".join(w.tobytes() for w in weights)
+print(before, needed, megabytes("VmHWM"))
+"""
+
+
+@pytest.mark.parametrize(
+    "model, batch_size",
+    [("Net", 32), ("Net", 512), ("PiNet", 32), ("ResNet18", 32)],
+)
+def test_estimate_of_memory_is_near_the_real_increase(model, batch_size):
+    code = PEAK.format(model=model, batch_size=batch_size)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    before, needed, peak = map(float, run.stdout.splitlines()[-1].split())
+    print(f"{model}, batch {batch_size}: {before:.0f} + {needed:.0f} MB, peak {peak:.0f} MB")
+    increase = peak - before
+    assert 0.9 * increase - 10 < needed < 1.25 * increase + 25
+
+
+def test_estimate_leaves_the_model_as_it_was(device):
+    class Normed(torch.nn.Sequential):
+        def __init__(self):
+            super().__init__(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+
+    net = Normed()
+    before = utils.get_weights(net)
+    small, large = (utils.training_bytes(net, device.data, size) for size in (10, 20))
+    assert all((a == b).all() for a, b in zip(before, utils.get_weights(net), strict=True))
+    # At least the images, and the convolution's output that BatchNorm saves.
+    assert large - small > 10 * 4 * (3 * 32 * 32 + 4 * 30 * 30)
 
 
 # --- Which processor ------------------------------------------------------------------
