@@ -18,6 +18,7 @@ import safetensors.numpy
 
 from federated.errors import FederationError
 
+ROOT = Path(__file__).resolve().parent.parent
 STATE = "strategy/"  # before the names of a strategy's own arrays
 NO_JSON = (ValueError, RecursionError)  # what json.loads raises for bytes from anywhere
 
@@ -284,3 +285,21 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_without_nan(item) for item in value]
     return value
+
+
+def main() -> None:
+    """Print what run_local.sh needs of a run, one value a line: `python -m plumbing.runs DIR`."""
+    path = Path(sys.argv[1]) if sys.argv[1] else newest_run(ROOT / "runs")
+    wanted = {"model": "", "data_dir": "", "min_num_clients": 0, "server_address": ""}
+    config = load_config(path, {**wanted, "secure": False, "keys": None})
+    if missing := [name for name in wanted if name not in config]:
+        raise FederationError(f"'{path / 'config.json'}' lacks {', '.join(missing)}")
+    print(path.absolute(), *(config[name] for name in wanted), sep="\n")
+    print("yes" if config.get("secure") else "", config.get("keys") or "", sep="\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FederationError as error:
+        sys.exit(f"run_local.sh: {error}")
