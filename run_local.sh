@@ -155,7 +155,11 @@ start() {
 }
 
 server=("$@" --server_address "$address" --data_dir "$data_dir")
-[[ -z $resume ]] || server+=(--resume "$run_dir")
+if [[ -n $resume ]]; then
+  server+=(--resume "$run_dir")
+elif [[ -d $data_dir/train && -z $(option partition "" "$@") ]]; then
+  server+=(--partition iid) # a device's own images are used whole, but here all have one disk
+fi
 if [[ -n $secure ]]; then
   server+=(--keys "$keys")
   (umask 077 && "$python" "$root/server.py" devices token --keys "$keys" --uses "$clients" >"$scratch/token")

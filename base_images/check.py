@@ -7,10 +7,10 @@ not root.
 import sys
 
 import cryptography.x509
-import flwr
-import flwr.client
-import flwr.common.serde
-import flwr.proto.transport_pb2
+import google.protobuf
+import google.protobuf.internal.builder
+import google.protobuf.runtime_version
+import grpc
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
@@ -22,8 +22,7 @@ except (ImportError, OSError, ValueError) as error:
         f"torch does not load ({error}); on x86-64 take PyTorch's CPU wheels, with "
         "--build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
     )
-import torchvision
-import torchvision.datasets.utils
+import torchvision.models
 
 PIL.Image.init()  # imports the readers of all formats
 
@@ -36,5 +35,6 @@ if not all(parameter.isfinite().all() for parameter in net.parameters()):
     sys.exit("a training step leaves weights that are not finite")
 print(
     f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
-    f"flwr {flwr.__version__}, cryptography {cryptography.__version__}"
+    f"grpcio {grpc.__version__}, protobuf {google.protobuf.__version__}, "
+    f"cryptography {cryptography.__version__}"
 )

@@ -4,7 +4,7 @@ Each image is a PIL image that becomes a normalised float tensor of its own, and
 DataLoader stacks them to batches. The optimizer is SGD at a fixed learning rate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -71,13 +71,20 @@ def train(
     epochs: int = 1,
     lr: float = 0.001,
     nesterov: bool = False,
+    before_step: Callable[[], float | None] = lambda: None,
 ) -> None:
-    """Train `net` in place for `epochs` with SGD of momentum 0.9."""
+    """Train `net` in place for `epochs` with SGD of momentum 0.9.
+
+    Args:
+        before_step: called before each step; ends the training by returning 1.0.
+    """
     net.train()
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, nesterov=nesterov)
     for _ in range(epochs):
         running_loss = 0.0
         for images, labels in trainloader:
+            if before_step() == 1.0:
+                return
             optimizer.zero_grad()
             loss = F.cross_entropy(net(images), labels)
             loss.backward()

@@ -38,7 +38,7 @@ class Fleet:
     """What the simulated devices have in common, above all the bytes of their weights."""
 
     def __init__(self, model: str, num_classes: int, trouble: float, seed: int = 0) -> None:
-        weights = utils.get_weights(utils.build_model(model, num_classes))
+        weights = list(utils.get_weights(utils.build_model(model, num_classes)).values())
         self.trouble = trouble
         self.seed = seed
         self.model = model

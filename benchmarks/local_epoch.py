@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anyw
 
 import utils
 from benchmarks import ancestor
+from federated.errors import FederationError
+from federated.settings import Settings
 
 BATCH_SIZE = 32
 # Of the loss, in each of 100 steps at 2020's learning rate, where rounding in another order
@@ -53,7 +55,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     try:
         data = some_images(args.data_dir, args.images)
-    except utils.TaskError as error:
+    except FederationError as error:
         sys.exit(f"local_epoch.py: {error}")
     print(f"{len(data):,} {data.source}, batch {BATCH_SIZE}, threads {torch.get_num_threads()}")
 
@@ -90,7 +92,7 @@ def epoch_of_2020(data: utils.ImageSet) -> None:
 
 def our_epoch(data: utils.ImageSet) -> None:
     net = utils.build_model("Net")
-    utils.train(net, utils.TrainLoader(data, BATCH_SIZE), lr_end=0.0, log=silent)
+    utils.train(net, utils.TrainLoader(data, BATCH_SIZE), Settings(utils.LR, 0.0), log=silent)
 
 
 def bare_steps(data: utils.ImageSet) -> None:
@@ -130,8 +132,9 @@ def largest_difference(data: utils.ImageSet, steps: int = 100) -> float:
         ancestor.same_net(), lambda net: ancestor.train(net, loader, lr=PROOF_LR, nesterov=True)
     )
     trainloader = utils.TrainLoader(data, BATCH_SIZE, seed=1, flip=False)
+    settings = Settings(PROOF_LR, PROOF_LR)
     ours = losses(
-        utils.build_model("Net"), lambda net: utils.train(net, trainloader, lr=PROOF_LR, log=silent)
+        utils.build_model("Net"), lambda net: utils.train(net, trainloader, settings, log=silent)
     )
     return float((ours - theirs).abs().max())
 

@@ -180,7 +180,7 @@ def our_server(
     from plumbing.stream.fleet import Fleet
 
     net = utils.build_model(model)
-    names, weights = list(net.state_dict()), utils.get_weights(net)
+    names, weights = list(net.state_dict()), list(utils.get_weights(net).values())
 
     def two_requests(server_round: int) -> dict[str, Any]:
         """Let the devices offer their weights, as in a run."""
@@ -242,7 +242,7 @@ def stock_server(
             return super().aggregate_fit(server_round, results, failures)
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    weights = utils.get_weights(utils.build_model(model))
+    weights = list(utils.get_weights(utils.build_model(model)).values())
     strategy = Stamped(
         **strategy_settings(clients), initial_parameters=ndarrays_to_parameters(weights)
     )

@@ -122,7 +122,7 @@ def serve_stock(address: str, model: str, rounds: int, clients: int) -> None:
     net = utils.build_model(model, len(testset.classes))
 
     def evaluate(server_round: int, weights: list, config: dict) -> tuple[float, dict]:
-        utils.set_weights(net, weights)
+        utils.set_weights(net, dict(zip(net.state_dict(), weights, strict=True)))
         return utils.test(net, testset).loss, {}
 
     start_server(
@@ -134,7 +134,7 @@ def serve_stock(address: str, model: str, rounds: int, clients: int) -> None:
             min_evaluate_clients=clients,
             min_available_clients=clients,
             evaluate_fn=evaluate,
-            initial_parameters=ndarrays_to_parameters(utils.get_weights(net)),
+            initial_parameters=ndarrays_to_parameters(list(utils.get_weights(net).values())),
         ),
     )
 

@@ -26,39 +26,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anyw
 import utils
 from benchmarks import ancestor
 from benchmarks.local_epoch import BATCH_SIZE, silent, some_images, spread
+from federated.errors import FederationError
+from federated.settings import Settings
 
 STEPS = {"Net": 1000, "PiNet": 600}  # over which the learning rate falls to 0
 
 
-class Reached(Exception):
-    """The target accuracy is reached; ends a training from inside."""
-
-
 class Clock:
-    """Counts the seconds of training; a forward pre-hook that evaluates between two steps."""
+    """Counts the seconds of training; between two steps it stops to evaluate.
 
-    def __init__(self, test_data: utils.ImageSet, target: float, every: int) -> None:
-        self.test_data, self.target, self.every = test_data, target, every
+    It ends a training, utils.train's or the ancestor's, by returning 1.0 at the target.
+    """
+
+    def __init__(self, net: nn.Module, test_data: utils.ImageSet, target: float, every: int):
+        self.net, self.test_data, self.target, self.every = net, test_data, target, every
         self.seconds, self.accuracy, self.steps = 0.0, 0.0, 0
         self.next_look = 5 * every
         self.resumed = time.perf_counter()
 
-    def __call__(self, net: nn.Module, images: object) -> None:
-        if not net.training:  # utils.test is calling
-            return
-        if self.steps == self.next_look:
-            self.evaluate(net)
+    def __call__(self, progress: object = None) -> float | None:
+        if self.steps == self.next_look and self.evaluate():
+            return 1.0
         self.steps += 1
+        return None
 
-    def evaluate(self, net: nn.Module) -> None:
+    def evaluate(self) -> bool:
+        """Return whether the target is reached."""
         self.seconds += time.perf_counter() - self.resumed
-        self.accuracy = utils.test(net, self.test_data).accuracy
-        if self.accuracy >= self.target:
-            raise Reached
+        self.accuracy = utils.test(self.net, self.test_data).accuracy
         far = self.accuracy < self.target - 0.03
         self.next_look += self.every * (5 if far else 1)
-        net.train()
+        self.net.train()
         self.resumed = time.perf_counter()
+        return self.accuracy >= self.target
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
     try:
         data = some_images(args.data_dir, args.images)
         test_data = utils.load_data(args.data_dir, "test")
-    except utils.TaskError as error:
+    except FederationError as error:
         sys.exit(f"time_to_accuracy.py: {error}")
     print(f"{len(data):,} {data.source}, batch {BATCH_SIZE}, threads {torch.get_num_threads()}")
 
@@ -93,16 +93,13 @@ def main() -> None:
         net = ancestor.Net(classes) if name == "2020" else utils.build_model(name, classes, seed)
         images = min(len(data), STEPS.get(name, 0) * BATCH_SIZE)  # each of them once
         trainset = data.subset(torch.arange(images).numpy())
-        clock = Clock(test_data, args.target / 100, args.every)
-        net.register_forward_pre_hook(clock)
-        try:
-            if name == "2020":
-                ancestor.train(net, ancestor.loader(data, BATCH_SIZE), args.limit)
-            else:
-                trainloader = utils.TrainLoader(trainset, BATCH_SIZE, seed)
-                utils.train(net, trainloader, lr_end=0.0, log=silent)
-            clock.evaluate(net)
-        except Reached:
+        clock = Clock(net, test_data, args.target / 100, args.every)
+        if name == "2020":
+            ancestor.train(net, ancestor.loader(data, BATCH_SIZE), args.limit, before_step=clock)
+        else:
+            trainloader = utils.TrainLoader(trainset, BATCH_SIZE, seed)
+            utils.train(net, trainloader, Settings(utils.LR, 0.0), before_step=clock, log=silent)
+        if clock.accuracy >= clock.target or clock.evaluate():
             print(
                 f"seed {seed}  {name:5}  {clock.accuracy:.1%} after {clock.steps:6,} steps, "
                 f"{clock.seconds:7.2f} s"

@@ -1,25 +1,162 @@
-"""The server's settings for local training, as they cross the wire with their types."""
+"""All that a server decides, declared once.
 
+RunSettings are the server's: the command line, config.json, `flwr run` and the documentation
+read names, types, defaults, ranges and help from it. Settings are what a device needs of them
+in one round, as they cross the wire with their types.
+"""
+
+import dataclasses
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from federated.errors import FederationError
 
 
+def setting(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "N",
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+) -> Any:
+    """Declare a setting: its default, what it does, its unit and the range of its values.
+
+    Args:
+        unit: what the command line shows for its value: N, S (seconds), NAME, …
+        low, high: the least and the greatest value.
+        above: every value is greater than this.
+    """
+    limits = {"low": low, "high": high, "above": above}
+    return field(default=default, metadata={"help": help, "unit": unit, **limits})
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What the server decides for a run."""
+
+    rounds: int = setting(3, "rounds of training", low=1)
+    model: str = setting("Net", "a name in utils.MODELS, the same on every device", unit="NAME")
+    strategy: str = setting(
+        "FedAvg",
+        "how updates are combined; settings follow a colon: FedProx:proximal_mu=0.1",
+        unit="NAME",
+    )
+    seed: int = setting(
+        0, "for the first weights, partitions, sampling and shuffling", low=0, high=2**31 - 1
+    )
+    # Devices
+    min_num_clients: int = setting(2, "wait until this many devices are connected", low=1)
+    min_sample_size: int = setting(
+        0,
+        "train on at least this many devices in a round; 0 is min_num_clients, but 2 at most",
+        low=0,
+    )
+    sample_fraction: float = setting(
+        1.0, "fraction of the idle devices that train in a round", unit="F", above=0, high=1
+    )
+    round_timeout: float = setting(
+        0.0, "close a round after S seconds; 0 is never", unit="S", low=0
+    )
+    # Local training
+    epochs: int = setting(1, "passes over a device's images in a round", low=1)
+    round_seconds: float = setting(
+        0.0, "a device trains for S seconds at most; 0 is no limit", unit="S", low=0
+    )
+    batch_size: int = setting(32, "images in a training step", low=1)
+    lr: float = setting(
+        0.02, "learning rate at the start; falls linearly to 0 over the run", unit="LR", above=0
+    )
+    momentum: float = setting(0.9, "of the devices' SGD", unit="M", low=0, high=0.999)
+    # What must hold for a round to count
+    min_replies: int = setting(1, "good replies that a round needs", low=1)
+    round_retries: int = setting(2, "retries of a round that has fewer", low=0)
+    max_update_norm: float = setting(
+        0.0, "drop updates of a larger norm; 0 learns the limit from the others", unit="D", low=0
+    )
+    max_weight_ratio: float = setting(
+        20.0, "a device counts at most R times the usual number of examples", unit="R", low=1
+    )
+    # Data
+    partition: str = setting(
+        "auto",
+        "how a data set that every device has in full is split: iid, dirichlet:0.5, none; auto is "
+        "iid for CIFAR-10 and synthetic images, none for folders of images",
+        unit="HOW",
+    )
+    num_partitions: int = setting(0, "parts; 0 is min_num_clients", low=0)
+
+    def check(self) -> None:
+        """Raise FederationError for a value that is out of range, or values that do not fit."""
+        for declared in fields(self):
+            value, limits = getattr(self, declared.name), declared.metadata
+            if isinstance(value, str):
+                continue
+            if not (limits["low"] <= value <= limits["high"] and value > limits["above"]):
+                raise FederationError(f"--{declared.name} {value:g} is {_range(limits)}")
+            if not math.isfinite(value):
+                raise FederationError(f"--{declared.name} {value} is not finite")
+        if 0 < self.round_timeout <= self.round_seconds:
+            raise FederationError(
+                f"--round_timeout {self.round_timeout:g} leaves no time to reply after "
+                f"--round_seconds {self.round_seconds:g}; make it larger"
+            )
+        if self.min_replies > self.sample_size:
+            raise FederationError(
+                f"--min_replies {self.min_replies} is above --min_sample_size {self.sample_size}"
+            )
+        if self.min_sample_size > self.min_num_clients:
+            raise FederationError(
+                f"--min_sample_size {self.min_sample_size} is above --min_num_clients "
+                f"{self.min_num_clients}; a round cannot sample more devices than it waits for"
+            )
+
+    @property
+    def sample_size(self) -> int:
+        """Devices that train in a round at least."""
+        return self.min_sample_size or min(self.min_num_clients, 2)
+
+    def for_round(self, server_round: int) -> "Settings":
+        """Return a round's settings; over the rounds the learning rate falls to 0."""
+        return Settings(
+            lr=self.lr * (self.rounds - server_round + 1) / self.rounds,
+            lr_end=self.lr * (self.rounds - server_round) / self.rounds,
+            server_round=server_round,
+            epochs=self.epochs,
+            round_seconds=self.round_seconds,
+            batch_size=self.batch_size,
+            momentum=self.momentum,
+            partition=self.partition,
+            num_partitions=self.num_partitions or self.min_num_clients,
+            seed=self.seed,
+        )
+
+
+def _range(limits: Mapping[str, Any]) -> str:
+    """Return in words what a value outside the limits is."""
+    low, high, above = (limits[name] for name in ("low", "high", "above"))
+    if high < math.inf:
+        least = f"[{low:g}" if math.isfinite(low) else f"({above:g}"
+        return f"outside {least}, {high:g}]"
+    return f"below {low:g}" if math.isfinite(low) else f"not above {above:g}"
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What the server decides for a round.
+    """What a device needs to know for a round.
 
-    The defaults are what a device uses when a server, such as a stock Flower one, does
-    not say.
+    The defaults are what a device uses when a server, such as a stock Flower one, does not
+    send a setting.
     """
 
     lr: float  # at the first step of this round
     lr_end: float  # at its last step; falls linearly in between
     server_round: int = 0
     epochs: int = 1
-    round_seconds: float = 0.0  # stop training after so long; 0 is never
+    round_seconds: float = 0.0  # stop training after this time; 0 is never
     batch_size: int = 32
     momentum: float = 0.9
     proximal_mu: float = 0.0  # FedProx's mu; 0 is FedAvg
@@ -28,29 +165,39 @@ class Settings:
     seed: int = 0
 
     def to_config(self) -> dict[str, Any]:
-        """Return the settings as a Flower config dict."""
+        """Return the settings as they travel."""
         return asdict(self)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], default_lr: float) -> "Settings":
-        """Read a Flower config dict; other keys in it are left alone.
+        """Read settings that travelled; other keys are left alone.
 
         Raises:
             FederationError: a value is of another type than its setting.
         """
         values: dict[str, Any] = {"lr": default_lr}
-        for field in fields(cls):
-            if field.name not in config:
+        received = underscored(config)
+        for declared in dataclasses.fields(cls):
+            if declared.name not in received:
                 continue
-            value = config[field.name]
-            expected = field.type
+            value = received[declared.name]
+            expected = declared.type
             if expected is float and type(value) is int:
                 value = float(value)
             if type(value) is not expected:
                 raise FederationError(
-                    f"the server's setting {field.name} is {value!r}, which is no "
+                    f"the server's setting {declared.name} is {value!r}, not of type "
                     f"{getattr(expected, '__name__', expected)}"
                 )
-            values[field.name] = value
+            values[declared.name] = value
         values.setdefault("lr_end", values["lr"])
         return cls(**values)
+
+
+def underscored(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with Flower's hyphens (proximal-mu) as underscores (proximal_mu).
+
+    Where both are there, the one with hyphens holds: a strategy has put it beside ours.
+    """
+    names = sorted(config, key=lambda name: "-" in name)
+    return {name.replace("-", "_"): config[name] for name in names}

@@ -1,63 +1,92 @@
-"""What a reply must be before it may touch the global model."""
+"""What a device brings back, and what it must be before it may touch the global model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from federated.errors import BadReply
 
+Weights = dict[str, np.ndarray]  # arrays by name, in the order of the model's state_dict
+Scalar = bool | float | int | str
+
 MAX_EXAMPLES = 100_000_000  # more images than any board holds
 
 
-def check_update(
-    weights: Sequence[np.ndarray],
+@dataclass(frozen=True)
+class Update:
+    """What a device trained, relative to the weights that it received.
+
+    Attributes:
+        delta: trained minus received, in float64, for each array of floats.
+        counters: the arrays of integers as they are on the device, such as BatchNorm's
+            num_batches_tracked; they are averaged beside the delta, and rounded.
+        num_examples: images trained on.
+        metrics: finite numbers and short strings that the device reports.
+        norm: the square root of the sum of squares over all of `delta`.
+    """
+
+    delta: Weights
+    num_examples: int
+    metrics: Mapping[str, Scalar] = field(default_factory=dict)
+    counters: Weights = field(default_factory=dict)
+    norm: float = 0.0
+
+
+def make_update(
+    arrays: Iterable[np.ndarray],
+    model: Weights,
     num_examples: int,
-    global_weights: Sequence[np.ndarray],
-    names: Sequence[str],
-    max_norm: float = math.inf,
-) -> None:
-    """Compare an update with the model that it must fit.
+    metrics: Mapping[str, Any] | None = None,
+) -> Update:
+    """Compare trained arrays with the model that was sent, and return the difference.
+
+    float64(trained) - float64(received) is exact for float32 values of similar size, so that
+    the mean of deltas is the mean of weights.
 
     Args:
-        names: the name of each array of `global_weights`.
-        max_norm: how far the update may be from the global weights: the square root of the
-            sum of squared differences over all arrays of floats.
+        arrays: in the order of `model`; each is read once, so a generator saves memory.
 
     Raises:
-        BadReply: another number, shape or type of arrays, a value that is not finite, a
-            `num_examples` that cannot be, or an update too far away.
+        BadReply: another number, shape or type of arrays, a value that is not finite, or a
+            `num_examples` that cannot be.
     """
-    if len(weights) != len(global_weights):
-        raise BadReply(f"{len(weights)} arrays for a model that has {len(global_weights)}")
-    for name, update, current in zip(names, weights, global_weights, strict=True):
-        if update.shape != current.shape or update.dtype != current.dtype:
-            raise BadReply(
-                f"{name} is {update.dtype} {update.shape}, not {current.dtype} {current.shape}"
-            )
-        if update.dtype.kind == "f" and not (finite := np.isfinite(update)).all():
-            raise BadReply(f"{name} has {update.size - np.count_nonzero(finite)} non-finite values")
-    if not 0 < num_examples <= MAX_EXAMPLES:
+    if type(num_examples) is not int or not 0 < num_examples <= MAX_EXAMPLES:
         raise BadReply(f"trained on {num_examples} examples")
-    if math.isfinite(max_norm):
-        distance = math.sqrt(
-            sum(
-                float(np.sum(np.square(update - current, dtype=np.float64)))
-                for update, current in zip(weights, global_weights, strict=True)
-                if update.dtype.kind == "f"
-            )
-        )
-        if distance > max_norm:
+    delta: Weights = {}
+    counters: Weights = {}
+    squares = 0.0
+    count = 0
+    names = iter(model.items())
+    for count, trained in enumerate(arrays, 1):
+        name, received = next(names, ("", None))
+        if received is None:
+            count += sum(1 for _ in arrays)
+            break
+        if trained.shape != received.shape or trained.dtype != received.dtype:
             raise BadReply(
-                f"its update is {distance:.3g} away from the global model, "
-                f"more than --max_update_norm {max_norm:g}"
+                f"{name} is {trained.dtype} {trained.shape}, not {received.dtype} {received.shape}"
             )
+        if received.dtype.kind != "f":
+            counters[name] = trained.copy()  # it may be a view of the bytes received
+            continue
+        delta[name] = np.subtract(trained, received, dtype=np.float64)
+        flat = delta[name].reshape(-1)
+        square = float(flat @ flat)
+        if not math.isfinite(square):  # one pass finds NaN and infinity as well as the norm
+            bad = trained.size - np.count_nonzero(np.isfinite(trained))
+            raise BadReply(f"{name} has {bad} non-finite values")
+        squares += square
+    if count != len(model):
+        raise BadReply(f"{count} arrays for a model that has {len(model)}")
+    return Update(delta, num_examples, clean_metrics(metrics or {}), counters, math.sqrt(squares))
 
 
-def clean_metrics(metrics: Mapping[str, Any]) -> dict[str, float | int | str]:
-    """Keep of a device's metrics what can go into a table: finite numbers, short strings."""
-    kept: dict[str, float | int | str] = {}
+def clean_metrics(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
+    """Keep of a device's metrics what fits into a table: finite numbers, short strings."""
+    kept: dict[str, Scalar] = {}
     for name, value in list(metrics.items())[:100]:
         if len(name) > 100 or not name.isprintable() or not isinstance(value, float | int | str):
             continue
@@ -67,3 +96,92 @@ def clean_metrics(metrics: Mapping[str, Any]) -> dict[str, float | int | str]:
             continue
         kept[name] = value
     return kept
+
+
+def is_finite(arrays: Iterable[np.ndarray]) -> bool:
+    """Return whether no array of floats has a NaN or an infinity."""
+    return all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f")
+
+
+def norm_of(weights: Weights) -> float:
+    """Return the square root of the sum of squares over all arrays of floats."""
+    floats = [a.reshape(-1) for a in weights.values() if a.dtype.kind == "f"]
+    return math.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in floats))
+
+
+def lower_median(numbers: Iterable[float]) -> float:
+    """Return the middle number, of an even count the lower of the two; infinity for none."""
+    ordered = sorted(numbers)
+    return ordered[(len(ordered) - 1) // 2] if ordered else math.inf
+
+
+class Bounds:
+    """What an update may weigh and how far it may go, learned from earlier updates.
+
+    One device must not outweigh the others by its word alone, nor replace the model by one
+    enormous update. Both bounds are known before a reply arrives, since the mean is a running
+    one. They are relative to the lower median, which half of the devices must be dishonest to
+    move; of two devices nobody can know which one is right.
+
+    Args:
+        max_norm: a fixed limit for `Update.norm` instead of the learned one; 0 is none.
+        max_weight_ratio: how often the usual `num_examples` one device may count.
+    """
+
+    NORM_FACTOR = 100.0  # 1 step in one device and 1,500 in another differ by 20 to 60
+    MEMORY = 200  # numbers that are kept of earlier rounds
+
+    def __init__(self, max_norm: float = 0.0, max_weight_ratio: float = 20.0) -> None:
+        self.max_norm = max_norm
+        self.max_weight_ratio = max_weight_ratio
+        self.norms: list[float] = []  # of accepted updates in earlier rounds
+        self.examples: list[float] = []
+
+    def norm_limit(self, model: Weights) -> float:
+        """Return how large the norm of an update in this round may be."""
+        if self.max_norm:
+            return self.max_norm
+        return self.NORM_FACTOR * self._usual_norm(model) or math.inf  # all 0: nothing to go by
+
+    def examples_limit(self, declared: Iterable[int]) -> int:
+        """Return how many examples of one device may count.
+
+        Args:
+            declared: the images that the devices of this round reported when they joined.
+        """
+        usual = lower_median(n for n in [*declared, *self.examples] if n > 0)
+        return int(min(self.max_weight_ratio * usual, MAX_EXAMPLES))
+
+    def outliers(self, norms: Mapping[str, float], model: Weights) -> set[str]:
+        """Return whose norm is out of all proportion to the others' of the same round.
+
+        A device that sends next to nothing must not make the others look large: an outlier is
+        also well above what is usual.
+        """
+        if self.max_norm:
+            return set()
+        usual = self._usual_norm(model)
+        limit = max(self.NORM_FACTOR * lower_median(norms.values()), 10 * usual)
+        return {name for name, norm in norms.items() if norm > limit}
+
+    def _usual_norm(self, model: Weights) -> float:
+        """Return the lower median of the earlier rounds' norms; at first that of the model."""
+        return lower_median(self.norms) if self.norms else norm_of(model)
+
+    def learn(self, norms: Iterable[float], examples: Iterable[int]) -> None:
+        """Remember what was accepted in a round."""
+        self.norms = [*self.norms, *sorted(norms)][-self.MEMORY :]
+        self.examples = [*self.examples, *sorted(examples)][-self.MEMORY :]
+
+    def state(self) -> dict[str, list[float]]:
+        """Return what `restore` takes, for a checkpoint."""
+        return {"norms": list(self.norms), "examples": list(self.examples)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` returned; what is not of that form is ignored."""
+        for name in ("norms", "examples"):
+            values = state.get(name)
+            if isinstance(values, list) and all(
+                type(v) in (int, float) and math.isfinite(v) and v >= 0 for v in values
+            ):
+                setattr(self, name, values[-self.MEMORY :])

@@ -10,9 +10,11 @@ from federated.errors import FederationError
 
 def check_cid(cid: str) -> None:
     """Raise FederationError unless `cid` can stand in lines, files and messages as it is."""
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", cid):
+    # Not '-' in front: a command would take such a name for a flag.
+    if not re.fullmatch(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,63}", cid):
         raise FederationError(
-            f"--cid {cid[:64]!r} is not made of 1 to 64 letters, digits, '.', '_' and '-'"
+            f"--cid {cid[:64]!r} is not made of 1 to 64 letters, digits, '.', '_' and '-', "
+            "with no '-' in front"
         )
 
 

@@ -1,4 +1,4 @@
-"""report.png: a run at a glance."""
+"""What people see of a run: lines on the console, and report.png."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,149 @@ from pathlib import Path
 from typing import Any
 
 from federated.errors import FederationError
+from federated.rounds import (
+    MAX_FAILURES,
+    Clipped,
+    Contribution,
+    Device,
+    Dropped,
+    Joined,
+    Left,
+    Notice,
+    Observed,
+    Retry,
+    Step,
+    Waiting,
+)
 from plumbing.board import MEGABYTES, TEMPERATURES, WATTS
+
+MAX_LINES = 20  # devices a round with a line of their own; metrics.jsonl has all
+SYNTHETIC = "synthetic images"
+
+
+class Console:
+    """An observer that prints what happens, a line each.
+
+    Args:
+        address: where devices reach the server.
+        rounds: of the run.
+        tested_on: kind of the test images; synthetic ones are named in every result.
+    """
+
+    def __init__(self, address: str, rounds: int, tested_on: str) -> None:
+        self.address = address
+        self.rounds = rounds
+        self.where = f" ({tested_on})" if tested_on == SYNTHETIC else ""
+
+    def __call__(self, event: Observed | Step) -> None:
+        for line in self._lines(event):
+            print(line)
+
+    def _lines(self, event: Observed | Step) -> list[str]:
+        match event:
+            case Joined(device):
+                return [f"{device.name} joined: {device_summary(device)}"]
+            case Left(device):
+                return [f"{device.name} left"]
+            case Notice(text):
+                return [text]
+            case Waiting():
+                return [self._waiting(event)]
+            case Dropped(server_round, device, reason):
+                lines = [f"round {server_round}: dropped {device.name}: {reason}"]
+                if device.left_out:
+                    lines.append(
+                        f"round {server_round}: {device.name} is left out after {MAX_FAILURES} "
+                        "bad replies in a row, until it reconnects"
+                    )
+                return lines
+            case Clipped(server_round, device, num_examples, counted):
+                return [
+                    f"round {server_round}: {device.name} reports {num_examples:,} images, which "
+                    f"count as {counted:,} (--max_weight_ratio)"
+                ]
+            case Retry(server_round, attempt, attempts, good, reason):
+                return [
+                    f"round {server_round}: no new model from {good} good replies, attempt "
+                    f"{attempt} of {attempts}" + (f": {reason}" if reason else "")
+                ]
+            case Step():
+                return self._step(event)
+        return []
+
+    def _waiting(self, waiting: Waiting) -> str:
+        shown = f"{waiting.connected} connected"
+        shown += f", {waiting.busy} busy" if waiting.busy else ""
+        shown += f", {waiting.left_out} left out" if waiting.left_out else ""
+        devices = "1 device" if waiting.needed == 1 else f"{waiting.needed} devices"
+        return f"waiting for {devices} at {self.address} ({shown})"
+
+    def _step(self, step: Step) -> list[str]:
+        devices = [contribution_record(c) for c in step.contributions]
+        more = [f"  … and {len(devices) - MAX_LINES} more in metrics.jsonl"]
+        return [
+            f"round {step.server_round}/{self.rounds}  devices {len(devices)}/{step.sampled}  "
+            f"loss {step.evaluation['loss']:.3f}  accuracy "
+            f"{100 * step.evaluation['accuracy']:.1f} %{self.where}  "
+            f"{step.seconds + step.seconds_evaluate:.1f} s",
+            *map(device_line, devices[:MAX_LINES]),
+            *(more if len(devices) > MAX_LINES else []),
+        ]
+
+
+def device_summary(device: Device) -> str:
+    """Return one line's worth of what a device reported of itself."""
+    reported = device.properties
+    if "board" not in reported:
+        return "a client that reports nothing of its board"
+    images, data = reported.get("images"), reported.get("data")
+    if not isinstance(data, str):
+        data = f"{images:,} images" if isinstance(images, int) else "images not reported"
+    board = ", ".join(str(reported.get(name)) for name in ("board", "machine"))
+    return shortened(
+        f"{board}, {reported.get('cores')} cores, {reported.get('model')}, {data}", 300
+    )
+
+
+def shortened(value: Any, length: int = 150) -> str:
+    """Return the beginning of `value` as text: a hundred classes fill a screen."""
+    text = str(value)
+    return text if len(text) <= length else text[:length] + "…"
+
+
+def contribution_record(contribution: Contribution) -> dict[str, Any]:
+    """Return what metrics.jsonl has of a device in a round."""
+    return {
+        "name": contribution.device.name,
+        "num_examples": contribution.num_examples,
+        "counted_examples": contribution.counted_examples,
+        "norm": contribution.norm,
+        "seconds": round(contribution.seconds, 3),
+        "bytes_sent": contribution.bytes_sent,
+        "bytes_received": contribution.bytes_received,
+        "metrics": dict(contribution.metrics),
+    }
+
+
+def step_record(step: Step) -> dict[str, Any]:
+    """Return a round's line in metrics.jsonl, without the test results."""
+    return {
+        "sampled": step.sampled,
+        "devices": [contribution_record(c) for c in step.contributions],
+        "dropped": [{"name": name, "reason": reason} for name, reason in step.dropped],
+        "bytes_sent": sum(c.bytes_sent for c in step.contributions),
+        "bytes_received": sum(c.bytes_received for c in step.contributions),
+        "seconds": round(step.seconds + step.seconds_evaluate, 3),
+        "seconds_evaluate": step.seconds_evaluate,
+    }
+
+
+def print_classes(evaluation: Mapping[str, Any]) -> None:
+    """Print loss and accuracy for each class."""
+    width = max(12, *map(len, evaluation["class_loss"]))
+    print(f"\n{'class':<{width}}  loss  accuracy")
+    for name, loss in evaluation["class_loss"].items():
+        print(f"{name:<{width}} {loss:5.2f}  {100 * evaluation['class_accuracy'][name]:6.1f} %")
 
 
 def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> None:

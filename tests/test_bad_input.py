@@ -63,7 +63,7 @@ def server_complaint(tmp_path: Path, *arguments: str) -> str:
             "--min_sample_size 3 is above --min_num_clients 2; a round cannot sample",
         ),
         (["--model=Resnet18"], "no model 'Resnet18'; utils.MODELS has Net, PiNet"),
-        (["--partition=random"], "no partition 'random'; say iid, none or dirichlet:0.5"),
+        (["--partition=random"], "no partition 'random'; choose auto, iid, none or dirichlet:0.5"),
         (["--partition=dirichlet:-1"], "no partition 'dirichlet:-1'"),
         (["--strategy=FedSGD"], "no strategy 'FedSGD'; there are FedAvg, "),
         (["--strategy=FedAdam:eta=x"], "--strategy FedAdam:eta=x: 'eta=x' is not NAME=NUMBER"),
@@ -261,7 +261,7 @@ def test_cuda_is_refused_where_there_is_none():
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA GPU")
     line = complaint(client.main, "--server_address=127.0.0.1:1", "--cid=0", "--device=cuda")
-    assert "--device cuda: torch finds no CUDA GPU here; say auto or cpu" in line
+    assert "--device cuda: torch finds no CUDA GPU here; choose auto or cpu" in line
 
 
 def test_the_line_goes_to_stderr_and_the_exit_code_is_not_zero():

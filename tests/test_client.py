@@ -1,5 +1,7 @@
 """client.py's answers, without a server."""
 
+import copy
+import itertools
 import json
 import os
 import pty
@@ -9,21 +11,39 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import client
+import torch_trainer
 import utils
 from federated.errors import FederationError
 from plumbing.security.identity import open_identity
 from tests.conftest import ROOT
+from torch_trainer import TorchTrainer
 
 DATA = "synthetic:400"
 
 
 @pytest.fixture
 def device() -> client.Client:
-    return client.Client("1", "Net", utils.load_data(DATA, "train"), DATA, "cpu")
+    return client.Client("1", TorchTrainer("1", "Net", DATA, "cpu"))
+
+
+@pytest.fixture
+def own_images(tmp_path) -> Path:
+    """A folder with 100 images to train on, and 20 to test on."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 50), ("test", 10)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "images"
 
 
 def config(**changes) -> dict:
@@ -42,32 +62,78 @@ def test_device_says_what_it_is_and_how_much_it_has(device):
 
 def test_device_keeps_its_part_alone_and_cuts_anew_for_another_server(device):
     device.get_properties(config())
-    first = device.data
+    first = device.trainer.data
     assert len(first) == 200
     device.get_properties(config(batch_size=5))
-    assert device.data is first
+    assert device.trainer.data is first
     device.get_properties(config(num_partitions=4))
-    assert len(device.data) == 100
+    assert len(device.trainer.data) == 100
     assert device.get_properties(config(partition="none"))["images"] == 400
     assert (
         "none of the server's 1 partitions"
         in device.get_properties(config(num_partitions=1))["problem"]
     )
     assert device.get_properties(config())["images"] == 200
-    assert device.data.images.equal(first.images)
+    assert device.trainer.data.images.equal(first.images)
 
 
 @pytest.mark.parametrize("cid", ["2", "00", "+1", "kitchen"])
 def test_name_that_is_no_partition_is_refused_where_the_images_are_cut(cid):
-    device = client.Client(cid, "Net", utils.load_data(DATA, "train"), DATA, "cpu")
+    device = client.Client(cid, TorchTrainer(cid, "Net", DATA, "cpu"))
     problem = device.get_properties(config())["problem"]
     assert problem.startswith(f"--cid {cid} is none of the server's 2 partitions (0 to 1)")
     assert device.get_properties(config(partition="none"))["images"] == 400
 
 
+@pytest.mark.parametrize(
+    ("partition", "images", "data"),
+    [
+        ("auto", 200, "200 of 400 synthetic images (part 1 of 2)"),
+        ("iid", 200, "200 of 400 synthetic images (part 1 of 2)"),
+        ("none", 400, "400 synthetic images, all of them"),
+    ],
+)
+def test_data_set_that_every_device_has_is_split_by_default(
+    device, capsys, partition, images, data
+):
+    properties = device.get_properties(config(partition=partition))
+    assert (properties["images"], properties["data"]) == (images, data)
+    device.get_properties(config(partition=partition))
+    assert capsys.readouterr().out == f"Client 1: trains on {data}\n"
+
+
+@pytest.mark.parametrize(
+    ("partition", "data"),
+    [
+        ("auto", "100 images, all of them"),
+        ("none", "100 images, all of them"),
+        ("iid", "50 of 100 images (part 1 of 2)"),
+        ("dirichlet:0.5", "50 of 100 images (part 1 of 2)"),
+    ],
+)
+def test_folder_of_images_is_split_only_on_demand(own_images, partition, data):
+    device = client.Client("1", TorchTrainer("1", "Net", own_images, "cpu"))
+    assert device.get_properties(config(partition=partition))["data"] == data
+
+
+def test_two_devices_with_own_images_use_all_of_them_by_default(
+    start_server, start_client, own_images, tmp_path
+):
+    server, address = start_server(rounds="1", data_dir=str(own_images), batch_size="20")
+    clients = [start_client(address, name, data_dir=str(own_images)) for name in ("0", "kitchen")]
+    assert server.finish() == 0, server.output
+    assert [process.finish() for process in clients] == [0, 0]
+    devices = json.loads((tmp_path / "run/metrics.jsonl").read_text())["devices"]
+    assert {d["name"]: d["num_examples"] for d in devices} == {
+        "device 0": 100, "device kitchen": 100,
+    }  # fmt: skip
+    assert server.output.count(", Net, 100 images, all of them") == 2
+    assert "Client kitchen: trains on 100 images, all of them" in clients[1].lines
+
+
 def test_fit_counts_the_examples_of_whole_batches(device, capsys):
     weights, num_examples, metrics = device.fit(
-        utils.get_weights(device.net), config(batch_size=32, lr=0.02, lr_end=0.0, server_round=1)
+        device.get_parameters({}), config(batch_size=32, lr=0.02, lr_end=0.0, server_round=1)
     )
     assert num_examples == 192
     assert len(weights) == 10
@@ -78,7 +144,7 @@ def test_fit_counts_the_examples_of_whole_batches(device, capsys):
 
 
 def test_each_round_and_device_shuffles_in_its_own_way(device):
-    weights = utils.get_weights(device.net)
+    weights = device.get_parameters({})
     first, again, later = (
         device.fit(weights, config(lr=0.02, lr_end=0.0, server_round=server_round))[0]
         for server_round in (1, 1, 2)
@@ -95,6 +161,23 @@ def test_flower_is_imported_with_its_telemetry_off():
     for program in ("client", "server"):
         command = [sys.executable, "-c", code.format(program)]
         subprocess.run(command, check=True, cwd=ROOT)
+
+
+CLIENT_WITHOUT_FLOWER = """
+import sys, client
+client.main(sys.argv[1:])
+print("flower:", sorted(name for name in sys.modules if name.partition(".")[0] == "flwr"))
+"""
+
+
+def test_client_serves_a_whole_run_without_flower(start_server, launch):
+    server, address = start_server(rounds="2", min_num_clients="1", min_sample_size="1")
+    flags = [f"--server_address={address}", "--cid=0", "--data_dir=synthetic:400"]
+    process = launch(sys.executable, "-c", CLIENT_WITHOUT_FLOWER, *flags, cwd=ROOT)
+    assert process.finish() == 0
+    assert process.lines.count("Client 0: fit") == 2
+    assert process.lines[-1] == "flower: []"
+    assert server.finish() == 0
 
 
 def test_garbage_is_looked_for_once_among_the_imports_and_not_at_the_end():
@@ -120,15 +203,74 @@ def test_garbage_is_looked_for_once_among_the_imports_and_not_at_the_end():
 
 
 def test_weights_of_another_model_name_the_way_out(device):
-    with pytest.raises(FederationError, match="start both sides with the same --model"):
-        device.fit(utils.get_weights(device.net)[:-1], config())
+    weights = device.get_parameters({})
+    with pytest.raises(
+        FederationError,
+        match="the server sent 9 arrays, Net has 10; start both sides with the same --model",
+    ):
+        device.fit(weights[:-1], config())
+    weights[-1] = np.zeros(7, np.float32)
+    with pytest.raises(
+        FederationError, match=r"fc3.bias has shape \(10,\), not \(7,\); start serv"
+    ):
+        device.fit(weights, config())
+
+
+def test_training_stops_after_the_round_seconds(device, capsys):
+    weights = device.get_parameters({})
+    _, _, metrics = device.fit(weights, config(epochs=100_000, round_seconds=0.5))
+    assert 0.5 <= metrics["seconds"] < 30
+    assert capsys.readouterr().out.endswith(
+        f"Stopped after {metrics['steps']} of 2000000 batches\n"
+    )
+
+
+def test_progress_is_shown_on_a_terminal_only_and_wiped(device, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    clock = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    device.fit(device.get_parameters({}), config(batch_size=100))
+    out = capsys.readouterr().out
+    assert re.search(r"\r1/2 batches  loss \d\.\d{3}\x1b\[K\r\x1b\[KEpoch took: ", out)
+
+
+class Mean:
+    """A trainer of one number: the mean of the numbers that it has."""
+
+    model, names, classes, device, lr = "mean", ["mean"], ["a", "b"], "cpu", 1.0
+
+    def describe(self):
+        return "the mean of 3 numbers"
+
+    def prepare(self, settings):
+        return 3, "3 numbers, all of them"
+
+    def get_weights(self):
+        return {"mean": np.zeros(1)}
+
+    def fit(self, weights, settings):
+        return {"mean": weights["mean"] + settings.lr * 4}, 3, {"loss": 0.5}
+
+    def evaluate(self, weights):
+        return float(weights["mean"][0]), 3, {}
+
+
+def test_another_trainer_is_served_without_importing_torch():
+    device = client.Client("0", Mean())
+    properties = device.get_properties({})
+    assert (properties["images"], properties["data"]) == (3, "3 numbers, all of them")
+    weights, num_examples, metrics = device.fit([np.ones(1)], {"lr": 0.5})
+    assert (weights, num_examples, metrics["loss"]) == ([3.0], 3, 0.5)
+    assert device.evaluate([np.full(1, 2.0)], {}) == (2.0, 3, {})
+    code = "import client, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 # --- Memory ---------------------------------------------------------------------------
 
 
 def with_memory(monkeypatch, ram: float, swap: float) -> None:
-    monkeypatch.setattr(client, "available_memory", lambda: (ram, swap))
+    monkeypatch.setattr(torch_trainer, "available_memory", lambda: (ram, swap))
 
 
 def test_training_with_room_for_it_gives_no_warning(device, monkeypatch, capsys):
@@ -160,23 +302,24 @@ def test_training_without_room_for_it_is_a_problem_that_names_the_way_out(device
 
 
 PEAK = """
-import re, client, utils
+import re, torch_trainer, utils
 from pathlib import Path
+from federated.settings import Settings
 
 def megabytes(name):
     return int(re.search(name + r":\\s*([0-9]+)", Path("/proc/self/status").read_text())[1]) / 1e3
 
 model, batch_size = "{model}", {batch_size}
-data = utils.load_data(f"synthetic:{{2 * batch_size}}", "train")
-device = client.Client("0", model, data, "", "cpu")
-settings = dict(partition="none", num_partitions=1, seed=0, batch_size=batch_size)
-device.get_properties(settings)
+trainer = torch_trainer.TorchTrainer("0", model, f"synthetic:{{2 * batch_size}}", "cpu")
+config = dict(partition="none", num_partitions=1, batch_size=batch_size, server_round=1)
+settings = Settings.from_config(config, default_lr=utils.LR)
+trainer.prepare(settings)
 before = megabytes("VmRSS")
-needed = utils.training_bytes(device.net, device.data, batch_size) / 1e6
-weights = utils.get_weights(device.net)  # as they come from the server, in two copies
-message = b"".join(w.tobytes() for w in weights)
-weights, num_examples, metrics = device.fit(weights, {{**settings, "lr": 0.02, "server_round": 1}})
-message = b"".join(w.tobytes() for w in weights)
+needed = utils.training_bytes(trainer.net, trainer.data, batch_size) / 1e6
+weights = trainer.get_weights()  # as they come from the server, in two copies
+message = b"".join(w.tobytes() for w in weights.values())
+weights, num_examples, metrics = trainer.fit(weights, settings)
+message = b"".join(w.tobytes() for w in weights.values())
 print(before, needed, megabytes("VmHWM"))
 """
 
@@ -204,9 +347,9 @@ def test_estimate_leaves_the_model_as_it_was(device):
             super().__init__(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
 
     net = Normed()
-    before = utils.get_weights(net)
-    small, large = (utils.training_bytes(net, device.data, size) for size in (10, 20))
-    assert all((a == b).all() for a, b in zip(before, utils.get_weights(net), strict=True))
+    before = copy.deepcopy(net.state_dict())
+    small, large = (utils.training_bytes(net, device.trainer.data, size) for size in (10, 20))
+    assert all(net.state_dict()[name].equal(value) for name, value in before.items())
     # At least the images, and the convolution's output that BatchNorm saves.
     assert large - small > 10 * 4 * (3 * 32 * 32 + 4 * 30 * 30)
 
@@ -229,7 +372,7 @@ def unusable_gpu(monkeypatch):
 
 
 def test_gpu_that_cannot_multiply_is_told_and_the_cpu_trains(unusable_gpu, capsys):
-    assert client.choose_device("auto") == "cpu"
+    assert torch_trainer.choose_device("auto") == "cpu"
     assert capsys.readouterr().out == (
         "the GPU fails at a matrix product (CUDA error: no kernel image is available); "
         "training on the CPU\n"
@@ -237,17 +380,19 @@ def test_gpu_that_cannot_multiply_is_told_and_the_cpu_trains(unusable_gpu, capsy
 
 
 def test_gpu_that_cannot_multiply_is_an_error_where_it_is_demanded(unusable_gpu):
-    with pytest.raises(utils.TaskError, match=r"--device cuda: the GPU fails .* say auto or cpu"):
-        client.choose_device("cuda")
+    with pytest.raises(
+        FederationError, match=r"--device cuda: the GPU fails .* choose auto or cpu"
+    ):
+        torch_trainer.choose_device("cuda")
 
 
 def test_missing_gpu_is_told_where_one_is_expected(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("NVIDIA_VISIBLE_DEVICES", raising=False)
-    assert client.choose_device("auto") == "cpu"
+    assert torch_trainer.choose_device("auto") == "cpu"
     assert capsys.readouterr().out == ""
     monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "all")
-    assert client.choose_device("auto") == "cpu"
+    assert torch_trainer.choose_device("auto") == "cpu"
     assert capsys.readouterr().out == "torch finds no CUDA GPU here; training on the CPU\n"
 
 
@@ -255,7 +400,7 @@ def test_gpu_that_multiplies_is_taken(monkeypatch):
     ones = torch.ones
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))  # stands in for one
-    assert client.choose_device("auto") == "cuda"
+    assert torch_trainer.choose_device("auto") == "cuda"
 
 
 # --- Joining a server with --secure ---------------------------------------------------

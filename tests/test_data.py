@@ -12,16 +12,19 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import CIFAR10
 
 import utils
-from utils import DownloadError, TaskError, load_data
+from federated.errors import FederationError
+from federated.settings import Settings
+from utils import CIFAR10_FOLDER, CIFAR10_MD5, DownloadError, load_data
 
+ARCHIVE = "cifar-10-python.tar.gz"
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
@@ -153,7 +156,7 @@ def test_only_the_first_ten_broken_images_are_named(folders, capsys):
 def test_all_images_broken_is_an_error(folders):
     for path in (folders / "train").rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(TaskError, match=r"all 4 images in '.*train' are broken"):
+    with pytest.raises(FederationError, match=r"all 4 images in '.*train' are broken"):
         load_data(folders, "train")
 
 
@@ -175,19 +178,21 @@ def test_class_without_images_keeps_its_label(folders):
 def test_folders_without_images_are_an_error(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "train" / name).mkdir(parents=True)
-    with pytest.raises(TaskError, match=r"no images in '.*train'; put some into train/<class>/"):
+    with pytest.raises(
+        FederationError, match=r"no images in '.*train'; put some into train/<class>/"
+    ):
         load_data(tmp_path, "train")
 
 
 def test_one_class_is_an_error(tmp_path):
     save(tmp_path / "train" / "cat" / "0.png")
-    with pytest.raises(TaskError, match=r"has 1 class folder\(s\) \(cat\); at least 2"):
+    with pytest.raises(FederationError, match=r"has 1 class folder\(s\) \(cat\); at least 2"):
         load_data(tmp_path, "train")
 
 
 def test_classes_that_differ_between_train_and_test_are_an_error(folders):
     save(folders / "test" / "cow" / "0.png")
-    with pytest.raises(TaskError, match=r"differ between train/ and test/: cow in only one"):
+    with pytest.raises(FederationError, match=r"differ between train/ and test/: cow in only one"):
         load_data(folders, "train")
 
 
@@ -195,20 +200,20 @@ def test_split_that_is_not_there_is_an_error(tmp_path):
     save(tmp_path / "train" / "cat" / "0.png")
     save(tmp_path / "train" / "dog" / "0.png")
     assert len(load_data(tmp_path, "train")) == 2
-    with pytest.raises(TaskError, match="has no folder test/"):
+    with pytest.raises(FederationError, match="has no folder test/"):
         load_data(tmp_path, "test")
 
 
 def test_directory_without_data_says_what_is_wrong_and_what_to_do(tmp_path):
     todo = "put your images there, or fetch CIFAR-10 with: python utils.py --data_dir"
-    with pytest.raises(TaskError, match=rf"nowhere' does not exist; {todo}"):
+    with pytest.raises(FederationError, match=rf"nowhere' does not exist; {todo}"):
         load_data(tmp_path / "nowhere", "train")
-    with pytest.raises(TaskError, match=rf"is empty; {todo}"):
+    with pytest.raises(FederationError, match=rf"is empty; {todo}"):
         load_data(tmp_path, "train")
     (tmp_path / "file").touch()
-    with pytest.raises(TaskError, match=rf"file' is not a directory; {todo}"):
+    with pytest.raises(FederationError, match=rf"file' is not a directory; {todo}"):
         load_data(tmp_path / "file", "train")
-    with pytest.raises(TaskError, match=rf"neither CIFAR-10 nor folders .*; {todo}"):
+    with pytest.raises(FederationError, match=rf"neither CIFAR-10 nor folders .*; {todo}"):
         load_data(tmp_path, "train")
 
 
@@ -240,8 +245,27 @@ def test_main_exits_with_1_and_one_line_for_folders_that_make_no_sense(
 # --- CIFAR-10, from a server here -----------------------------------------------------
 
 
+class Python2Pickler(pickle._Pickler):  # the one in Python, of which methods can be replaced
+    """Writes pickles as CIFAR-10's authors did: strings are bytes, NumPy's module is numpy.core."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+
+    def save_bytes(self, text):
+        data = text.encode("latin1") if isinstance(text, str) else text
+        self.write(b"T" + len(data).to_bytes(4, "little") + data)  # BINSTRING
+        self.memoize(text)
+
+    dispatch[str] = dispatch[bytes] = save_bytes
+
+
+def pickled_by_python_2(content):
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(content)
+    return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
 def tiny_cifar10():
-    """Return an archive built like CIFAR-10's, 2 images a batch, and CIFAR10's attributes."""
+    """Return an archive built like CIFAR-10's, 2 images a batch, and the files' MD5 sums."""
     rng = np.random.default_rng(0)
     files = {}
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
@@ -251,18 +275,13 @@ def tiny_cifar10():
     archive, sums = io.BytesIO(), {}
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         for name, content in files.items():
-            data = pickle.dumps(content)
+            data = pickled_by_python_2(content)
             sums[name] = hashlib.md5(data).hexdigest()
             info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    attributes = {
-        "tgz_md5": hashlib.md5(archive.getvalue()).hexdigest(),
-        "train_list": [[name, sums[name]] for name in list(files)[:5]],
-        "test_list": [["test_batch", sums["test_batch"]]],
-        "meta": {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]},
-    }
-    return archive.getvalue(), attributes
+    sums[ARCHIVE] = hashlib.md5(archive.getvalue()).hexdigest()
+    return archive.getvalue(), sums
 
 
 class Mirror(ThreadingHTTPServer):
@@ -277,14 +296,13 @@ class Mirror(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/cifar-10-python.tar.gz"
 
     def handle_error(self, request, client_address):
-        pass  # torchvision hangs up on its first question, which is about redirects alone
+        pass  # a client that hangs up
 
 
 class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
-        if self.headers["Method"] != "HEAD":  # torchvision's question about redirects
-            self.server.downloads += 1
-            self.server.open.wait(60)
+        self.server.downloads += 1
+        self.server.open.wait(60)
         self.send_response(self.server.status)
         self.send_header("Content-Length", str(len(self.server.archive)))
         self.end_headers()
@@ -296,12 +314,12 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def mirror(monkeypatch):
-    archive, attributes = tiny_cifar10()
+    archive, sums = tiny_cifar10()
     with Mirror(archive) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        server.attributes = attributes | {"url": server.url}
-        for name, value in server.attributes.items():
-            monkeypatch.setattr(CIFAR10, name, value)
+        monkeypatch.setattr(utils, "CIFAR10_URL", server.url)
+        for name, value in sums.items():
+            monkeypatch.setitem(CIFAR10_MD5, name, value)
         yield server
         server.shutdown()
 
@@ -310,7 +328,7 @@ def test_cifar10_is_fetched_and_read(mirror, tmp_path, capsys):
     train = load_data(tmp_path / "a" / "data", "train", download=True)
     assert train.images.shape == (10, 3, 32, 32) and train.images.is_contiguous()
     assert train.images.dtype == torch.uint8 and train.labels.tolist() == [3, 5] * 5
-    assert train.classes[3] == "class 3" and train.source == "CIFAR-10"
+    assert train.classes[3] == "class 3" and train.source == "CIFAR-10 images" and train.everywhere
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3072), np.uint8)
     assert train.images[1].flatten().tolist() == pixels[1].tolist()
 
@@ -327,19 +345,19 @@ def test_cifar10_that_is_there_is_not_fetched_again(mirror, tmp_path):
 
 
 def test_model_that_wants_larger_images_than_cifar10_has_is_refused(mirror, tmp_path):
-    with pytest.raises(TaskError, match="has 32x32 images, the model wants 64x64"):
+    with pytest.raises(FederationError, match="has 32x32 images, the model wants 64x64"):
         load_data(tmp_path, "train", image_size=64, download=True)
 
 
 def test_interrupted_download_is_begun_again(mirror, tmp_path):
-    (tmp_path / CIFAR10.filename).write_bytes(mirror.archive[:100])
+    (tmp_path / ARCHIVE).write_bytes(mirror.archive[:100])
     assert len(load_data(tmp_path, "train", download=True)) == 10
 
 
 def test_interrupted_unpacking_is_begun_again(mirror, tmp_path):
-    (tmp_path / CIFAR10.filename).write_bytes(mirror.archive)
-    (tmp_path / CIFAR10.base_folder).mkdir()
-    (tmp_path / CIFAR10.base_folder / "data_batch_1").touch()
+    (tmp_path / ARCHIVE).write_bytes(mirror.archive)
+    (tmp_path / CIFAR10_FOLDER).mkdir()
+    (tmp_path / CIFAR10_FOLDER / "data_batch_1").touch()
     assert len(load_data(tmp_path, "train", download=True)) == 10
     assert mirror.downloads == 0  # the archive was whole
 
@@ -347,12 +365,39 @@ def test_interrupted_unpacking_is_begun_again(mirror, tmp_path):
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
 def test_damaged_file_is_noticed_and_fetched_again(mirror, tmp_path, name):
     load_data(tmp_path, "train", download=True)
-    damaged = tmp_path / CIFAR10.base_folder / name
+    damaged = tmp_path / CIFAR10_FOLDER / name
     damaged.write_bytes(damaged.read_bytes()[:-10])
-    with pytest.raises(TaskError, match=r"damaged or incomplete; fetch it again with: python util"):
-        load_data(tmp_path, "train")
-    assert len(load_data(tmp_path, "train", download=True)) == 10
-    assert len(load_data(tmp_path, "train")) == 10
+    split, count = ("test", 2) if name == "test_batch" else ("train", 10)
+    with pytest.raises(
+        FederationError, match=r"damaged or incomplete; fetch it again with: python util"
+    ):
+        load_data(tmp_path, split)
+    assert len(load_data(tmp_path, split, download=True)) == count
+    assert len(load_data(tmp_path, split)) == count
+
+
+def test_pickle_that_would_run_a_program_is_refused(mirror, tmp_path, monkeypatch):
+    load_data(tmp_path, "train", download=True)
+
+    class Program:
+        def __reduce__(self):
+            return print, ("running",)
+
+    data = pickle.dumps(Program())
+    (tmp_path / CIFAR10_FOLDER / "test_batch").write_bytes(data)
+    monkeypatch.setitem(CIFAR10_MD5, "test_batch", hashlib.md5(data).hexdigest())
+    with pytest.raises(pickle.UnpicklingError, match=r"builtins\.print is not in CIFAR-10's files"):
+        load_data(tmp_path, "test")
+
+
+def test_full_disk_is_an_error_but_no_download_error_and_leaves_nothing(mirror, tmp_path):
+    (tmp_path / ARCHIVE).symlink_to("/dev/full")
+    with pytest.raises(
+        FederationError, match=r"No space left on device; .* takes 350 MB"
+    ) as caught:
+        load_data(tmp_path, "train", download=True)
+    assert not isinstance(caught.value, DownloadError)
+    assert not any(tmp_path.iterdir())
 
 
 def test_archive_with_a_wrong_checksum_is_refused_and_removed(mirror, tmp_path):
@@ -379,7 +424,7 @@ def test_server_without_the_archive_is_a_download_error(mirror, tmp_path):
 def test_offline_is_one_line_exit_code_3_and_no_rubbish(tmp_path, monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{port}/cifar-10-python.tar.gz")
+    monkeypatch.setattr(utils, "CIFAR10_URL", f"http://127.0.0.1:{port}/cifar-10-python.tar.gz")
     assert run_main(monkeypatch, tmp_path / "a" / "data") == 3
     out, err = capsys.readouterr()
     assert err.startswith("utils.py: cannot download CIFAR-10 from http://127.0.0.1:")
@@ -396,8 +441,8 @@ def test_directory_that_cannot_be_made_is_an_error_but_no_download_error(
 
 
 def test_archive_that_cannot_be_unpacked_is_an_error_but_no_download_error(mirror, tmp_path):
-    (tmp_path / CIFAR10.base_folder).touch()  # in the way
-    with pytest.raises(TaskError, match=r"cannot unpack .*python.tar.gz'") as caught:
+    (tmp_path / CIFAR10_FOLDER).touch()  # in the way
+    with pytest.raises(FederationError, match=r"cannot unpack .*python.tar.gz'") as caught:
         load_data(tmp_path, "train", download=True)
     assert not isinstance(caught.value, DownloadError)
 
@@ -405,15 +450,20 @@ def test_archive_that_cannot_be_unpacked_is_an_error_but_no_download_error(mirro
 def test_two_processes_at_once_fetch_once(mirror, tmp_path):
     script = (
         "import json, sys, utils\n"
-        "with utils._compiler_on_demand(): from torchvision.datasets import CIFAR10\n"
-        "for item in json.loads(sys.argv[1]).items(): setattr(CIFAR10, *item)\n"
+        "utils.CIFAR10_URL, utils.CIFAR10_MD5 = json.loads(sys.argv[1])\n"
         "print('ready', flush=True)\n"
         "print(len(utils.load_data(sys.argv[2], 'train', download=True)))"
     )
     mirror.open.clear()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script, json.dumps(mirror.attributes), tmp_path / "data"],
+            [
+                sys.executable,
+                "-c",
+                script,
+                json.dumps([mirror.url, CIFAR10_MD5]),
+                tmp_path / "data",
+            ],
             cwd=Path(utils.__file__).parent,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -468,7 +518,9 @@ def test_synthetic_images_get_the_size_that_the_model_wants():
 
 @pytest.mark.parametrize("name", ["synthetic:", "synthetic:0", "synthetic:-5", "synthetic:many"])
 def test_synthetic_set_of_no_size_is_refused(name):
-    with pytest.raises(TaskError, match=f"no data set '{name}'; say synthetic or synthetic:2000"):
+    with pytest.raises(
+        FederationError, match=f"no data set '{name}'; choose synthetic or synthetic:2000"
+    ):
         load_data(name, "train")
 
 
@@ -477,6 +529,6 @@ def test_synthetic_set_is_learnable_but_not_trivially():
     net = utils.build_model("Net")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more of them only wait for one another on a busy machine
-    utils.train(net, utils.TrainLoader(train, 32), log=lambda line: None)
+    utils.train(net, utils.TrainLoader(train, 32), Settings(0.02, 0.02), log=lambda line: None)
     torch.set_num_threads(threads)
     assert 0.2 < utils.test(net, test).accuracy < 0.95

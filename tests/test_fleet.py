@@ -9,7 +9,6 @@ import flwr.server.strategy
 import grpc
 import numpy as np
 import pytest
-from flwr.client import NumPyClient
 from flwr.common import Parameters
 
 import server
@@ -22,7 +21,7 @@ WEIGHTS = [np.zeros((3, 2), np.float32), np.ones(4, np.float32)]
 NAMES = ["a", "b"]
 
 
-class Adder(NumPyClient):
+class Adder:
     """Adds `step` to each weight, and claims to have seen `num_examples` images."""
 
     def __init__(self, cid: str, step: float = 1.0, num_examples: int = 10) -> None:

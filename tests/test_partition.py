@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils import TaskError, parse_partition, partition
+from federated.errors import FederationError
+from federated.partitions import parse_partition, partition
 
 SEEDS = st.integers(0, 2**32 - 1)
 SCHEMES = st.just("iid") | st.floats(-6, 6).map(lambda power: f"dirichlet:{10**power!r}")
@@ -104,14 +105,17 @@ def test_one_part_is_everything(scheme):
 @pytest.mark.parametrize("scheme", ["iid", "dirichlet:0.5"])
 @pytest.mark.parametrize("num_partitions", [0, -1, 4])
 def test_empty_part_is_refused(scheme, num_partitions):
-    with pytest.raises(TaskError, match=rf"cannot split 3 images into {num_partitions} parts"):
+    with pytest.raises(
+        FederationError, match=rf"cannot split 3 images into {num_partitions} parts"
+    ):
         partition(np.array([0, 1, 2]), num_partitions, scheme, 0)
 
 
-def test_none_is_no_split():
-    assert parse_partition("none") == ("none", 0)
-    with pytest.raises(ValueError, match="'none' splits nothing"):
-        partition(LABELS, 2, "none", 0)
+@pytest.mark.parametrize("scheme", ["auto", "none"])
+def test_auto_and_none_are_no_split(scheme):
+    assert parse_partition(scheme) == (scheme, 0)
+    with pytest.raises(ValueError, match=f"'{scheme}' is no way to split"):
+        partition(LABELS, 2, scheme, 0)
 
 
 def test_scheme_is_read_with_its_alpha():
@@ -122,9 +126,11 @@ def test_scheme_is_read_with_its_alpha():
 
 @pytest.mark.parametrize(
     "scheme",
-    ["", "even", "iid:2", "dirichlet"]
+    ["", "even", "iid:2", "auto:2", "dirichlet"]
     + [f"dirichlet:{alpha}" for alpha in ("", "0", "-1", "x", "nan", "inf", "1e-9")],
 )
 def test_unknown_scheme_is_refused(scheme):
-    with pytest.raises(TaskError, match=f"no partition '{scheme}'; say iid, none or dirichlet:0.5"):
+    with pytest.raises(
+        FederationError, match=f"no partition '{scheme}'; choose auto, iid, none or dir"
+    ):
         parse_partition(scheme)

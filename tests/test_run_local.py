@@ -104,7 +104,7 @@ def test_without_internet_it_says_so_and_ctrl_c_leaves_nothing(launch, tmp_path,
         ROOT / "run_local.sh", "--data_dir", tmp_path / "data", "--run_dir", tmp_path / "r"
     )
     run.wait_for(r"cannot download CIFAR-10 from .*; going on with synthetic images")
-    run.wait_for("joined: .*25,000 synthetic images")
+    run.wait_for(r"joined: .*25,000 of 50,000 synthetic images \(part \d of 2\)")
     run.wait_for("Training 1 epoch")
     os.killpg(run.popen.pid, signal.SIGINT)
     assert run.finish() == 130
@@ -179,7 +179,7 @@ def interrupt(run: Process) -> str:
     os.killpg(run.popen.pid, signal.SIGINT)
     assert run.finish() == 130
     assert_nothing_left(run)
-    (command,) = re.findall(r"To go on after round \d+: (.*)", run.output)
+    (command,) = re.findall(r"To continue after round \d+: (.*)", run.output)
     return command
 
 

@@ -35,7 +35,7 @@ def test_walk_through_to_a_saved_model_that_starts_the_next_run(
         assert client.lines.count("Training 2 epoch(s) w/ 6 batches each") == 2  # 200 // 32
         assert sum(line.startswith("Epoch took: ") for line in client.lines) == 4
     assert "device 0 joined: " in server.output
-    assert ", Net, 200 synthetic images" in server.output
+    assert ", Net, 200 of 400 synthetic images (part 0 of 2)" in server.output
     assert "round 2/2  devices 2/2  loss " in server.output
 
     run = tmp_path / "run"

@@ -1,17 +1,22 @@
-"""Flower's messages: ours and flwr's own serde understand each other; bad bytes do no harm."""
+"""Our messages against Flower's: the same on the wire, read by either; bad bytes do no harm."""
 
 import pickle
+import re
+import subprocess
+import sys
 
 import flwr.common as fl
 import numpy as np
 import pytest
 from flwr.common import serde
+from flwr.proto import transport_pb2
 from flwr.proto.transport_pb2 import ClientMessage, Reason, ServerMessage
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from federated.errors import BadReply, FederationError
-from plumbing.stream import wire
+from plumbing.stream import stream_pb2, wire
+from tests.conftest import ROOT
 
 ARRAYS = {
     "float32": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -30,6 +35,7 @@ SCALARS = {
     "bool": True,
     "int": 1,
     "negative": -(2**63),
+    "large": 2**64 - 1,
     "float": 1.0,
     "str": "ä",
     "bytes": b"\0\xff",
@@ -47,6 +53,56 @@ def assert_same(ours, theirs):
 def assert_same_with_types(ours, theirs):
     assert ours == theirs
     assert {k: type(v) for k, v in ours.items()} == {k: type(v) for k, v in theirs.items()}
+
+
+# --- The description of the messages ---
+
+
+def described(message) -> dict:
+    """Return what a message is on the wire: its fields by name, with all that they hold."""
+    return {
+        field.name: {
+            "number": field.number,
+            "type": field.type,
+            "label": (field.is_repeated, field.is_required, field.has_presence),
+            "packed": field.is_packed,
+            "oneof": field.containing_oneof and field.containing_oneof.name,
+            "map": bool(field.message_type and field.message_type.GetOptions().map_entry),
+            "enum": field.enum_type and dict(values(field.enum_type)),
+            "message": field.message_type and described(field.message_type),
+        }
+        for field in message.fields
+    }
+
+
+def values(enum) -> list[tuple[str, int]]:
+    return [(value.name, value.number) for value in enum.values]
+
+
+@pytest.mark.parametrize("name", ["ServerMessage", "ClientMessage"])
+def test_messages_have_the_numbers_types_labels_and_oneofs_of_flowers(name):
+    ours = described(stream_pb2.DESCRIPTOR.message_types_by_name[name])
+    assert ours == described(transport_pb2.DESCRIPTOR.message_types_by_name[name])
+    assert {field["oneof"] for field in ours.values()} == {"msg"}
+
+
+def test_all_of_flowers_messages_and_enums_are_described():
+    ours, theirs = stream_pb2.DESCRIPTOR, transport_pb2.DESCRIPTOR
+    assert set(ours.message_types_by_name) == set(theirs.message_types_by_name)
+    assert set(ours.enum_types_by_name) == set(theirs.enum_types_by_name)
+    for name, enum in ours.enum_types_by_name.items():
+        assert values(enum) == values(theirs.enum_types_by_name[name])
+
+
+def test_generated_code_is_what_the_command_in_the_proto_makes(tmp_path):
+    text = (ROOT / "plumbing/stream/stream.proto").read_text()
+    command = re.search(r"python (-m grpc_tools\.protoc .*)", text)[1]
+    command = command.replace("_out=.", f"_out={tmp_path}").split()
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    made = sorted((tmp_path / "plumbing/stream").iterdir())
+    assert [file.name for file in made] == ["stream_pb2.py", "stream_pb2.pyi"]
+    for file in made:
+        assert (ROOT / "plumbing/stream" / file.name).read_text() == file.read_text()
 
 
 # --- Arrays ---
@@ -72,7 +128,7 @@ def test_arrays_at_any_place_in_a_message_come_out_aligned():
 
 
 def npy(header: str, content: bytes = b"", version: bytes = b"\1\0") -> bytes:
-    text = header.encode()
+    text = header.encode("latin-1")
     return b"\x93NUMPY" + version + len(text).to_bytes(2, "little") + text + content
 
 
@@ -95,6 +151,8 @@ BAD_ARRAYS = {
     "a huge size": npy(header(f"({2**62}, 4)"), bytes(8)),
     "a huge size of nothing": npy(header(f"({2**70}, 0)")),
     "too many dimensions": npy(header(f"({'1, ' * 70})"), bytes(4)),
+    "True as a size": npy(header("(True,)"), bytes(4)),
+    "False as a size": npy(header("(2, False)")),
     "a size that is no number": npy(header("('2',)"), bytes(8)),
     "a number as its shape": npy(header("2"), bytes(8)),
     "types without size": npy(header("(2,)", "'|S0'")),
@@ -248,6 +306,7 @@ BAD_REPLIES = {
     "another reply": (wire.encode_properties_reply({}), "a message of type get_properties_res"),
     "a goodbye": (wire.encode_done_reply(True), "a message of type disconnect_res"),
     "a tensor of noise": (fit_reply(b"x" * 200), "an array"),
+    "an escape code": (fit_reply(npy(header("(1,)", "'<0f4\x9b2J'"))), r"\x9b2J"),
     "a pickle": (fit_reply(BAD_ARRAYS["objects"]), "type object"),
 }
 
@@ -257,6 +316,7 @@ def test_a_reply_that_makes_no_sense_is_a_bad_reply_with_its_reason(data, reason
     with pytest.raises(BadReply) as error:
         wire.decode_fit_reply(data)
     assert reason in str(error.value)
+    assert str(error.value).isprintable()
 
 
 def test_a_device_that_could_not_train_is_quoted():
@@ -281,6 +341,24 @@ def test_a_client_that_tells_nothing_of_itself_has_no_properties():
     message = ClientMessage()
     message.get_properties_res.status.code = fl.Code.GET_PROPERTIES_NOT_IMPLEMENTED.value
     assert wire.decode_properties_reply(message.SerializeToString()) is None
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError("too deep"), TypeError("a\nb")])
+def test_whatever_is_raised_over_untrusted_bytes_is_a_bad_reply_of_one_line(error):
+    with pytest.raises(BadReply) as caught, wire.untrusted():
+        raise error
+    assert type(error).__name__ in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_ctrl_c_over_untrusted_bytes_stays_what_it_is():
+    with pytest.raises(KeyboardInterrupt), wire.untrusted():
+        raise KeyboardInterrupt
+
+
+def test_settings_of_other_types_are_refused_before_they_are_sent():
+    with pytest.raises(ValueError, match=r"\[1\] is of type list, which no message can hold"):
+        wire.encode_get_properties({"sizes": [1]})
 
 
 def test_a_request_that_makes_no_sense_says_so():

@@ -22,8 +22,8 @@ KEPT = ("torch", "torchvision", "numpy")
 def main(step):
     if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit(
-            f"this base image has Python {sys.version_info[0]}.{sys.version_info[1]}, Flower needs "
-            "3.11 or newer; choose a newer base image with --build-arg BASE=..."
+            f"this base image has Python {sys.version_info[0]}.{sys.version_info[1]}, the client "
+            "needs 3.11 or newer; choose a newer base image with --build-arg BASE=..."
         )
     found = look()
     print(f"torch {found['version']} (CUDA {found['cuda']}) in {found['folder']}", flush=True)
@@ -80,7 +80,7 @@ def constraints(packages):
     """Return pip's constraints: `packages` as they are, and what the base image sets.
 
     But for what we install: NVIDIA's file pins every package of its image, among them a
-    protobuf that is too old for Flower.
+    protobuf that is too old for the stream's messages.
     """
     ours = {package(line) for line in (HERE / "requirements.txt").read_text().splitlines()}
     theirs = [

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from federated.errors import FederationError
+from plumbing import descriptors
 from plumbing.security.keys import DAY, SECRET_BYTES, Token, locked
 
 TOKEN_SECONDS = 24 * 3600.0
@@ -151,12 +152,17 @@ class Admissions:
         """Take a device's admission back, and close all tokens: it may know one.
 
         Raises:
-            FederationError: there is no such device.
+            FederationError: there is no such device, or it is revoked already.
         """
         with self._open() as db:
             device = self._find(db, cid)
-            if device is None or device.revoked is not None:
-                raise FederationError(f"no device {cid} is admitted; server.py devices lists them")
+            if device is None:
+                raise FederationError(
+                    f"no device {cid[:64]!a} is admitted; server.py devices lists them"
+                )
+            if device.revoked is not None:
+                when = time.strftime("%Y-%m-%d %H:%M", time.localtime(device.revoked))
+                raise FederationError(f"device {cid} was revoked already, on {when}")
             db.execute("UPDATE devices SET revoked = ? WHERE cid = ?", [time.time(), cid])
             db.execute("DELETE FROM tokens")
 
@@ -191,7 +197,10 @@ class Admissions:
         try:
             # Not made anew if somebody removed it: an empty list would be a wrong one.
             uri = f"{self.path.absolute().as_uri()}?mode=rw"
-            with closing(sqlite3.connect(uri, BUSY_SECONDS, isolation_level=None, uri=True)) as db:
+            with (
+                descriptors.reserve.released(),
+                closing(sqlite3.connect(uri, BUSY_SECONDS, isolation_level=None, uri=True)) as db,
+            ):
                 # Who is told that it is admitted must be so after a power cut, too.
                 db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
                 db.execute(f"BEGIN {kind}")

@@ -17,8 +17,9 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -31,15 +32,14 @@ from federated.errors import FederationError
 from plumbing.addresses import check_cid, parse_address, resolve
 from plumbing.security import keys
 from plumbing.security.admissions import Admissions, ListProblem
+from plumbing.security.complaints import Refusals
 from plumbing.security.identity import ENROL_REQUEST
 
 WAITING = 64  # enrolments at a time
 WAITING_EACH = 8  # of them from one address; whoever comes on top is turned away
 PENALTY_SECONDS = 1.0  # so long the answer to a wrong token takes
 TRY_LATER = "the server cannot use its list of devices for now, try later"
-TELL_SECONDS = 10.0  # so often refusals are told, with their number
-TELL_LINES = 10  # at a time; the others are counted
-TELL_KINDS = 1000  # of refusals that are told apart between two times
+PROBLEM_SECONDS = 10.0  # from one line on a list that cannot be used to the next
 LOOK_SECONDS = 10.0  # so often the machine's addresses are looked at
 
 
@@ -124,6 +124,46 @@ class _ServerCertificate:
             return self.make(names | self.certified)
 
 
+@dataclass(frozen=True)
+class Peer:
+    """Whom a caller's certificate proves it to be; both are "" for a caller that needs none."""
+
+    cid: str = ""
+    key_hash: str = ""
+
+
+class Door(grpc.aio.ServerInterceptor):
+    """What every call passes: a handler hears only of peers that the gate admits.
+
+    Handlers stream both ways and take the Peer as their third argument, so that one which is
+    registered at a server without a door fails at its first call.
+
+    Args:
+        gate: None for an open server, where everybody may call everything.
+        open_methods: such as /package.Service/Method, that need no admission.
+    """
+
+    def __init__(self, gate: "Gate | None", open_methods: Iterable[str] = ()) -> None:
+        self.gate = gate
+        self.open_methods = frozenset(open_methods)
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler | None:
+        handler = await continuation(details)
+        if handler is None:  # no such method, as gRPC answers by itself
+            return None
+        if not handler.stream_stream:
+            raise TypeError(f"{details.method} does not stream both ways")
+        gate = None if details.method in self.open_methods else self.gate
+
+        async def guarded(messages: Any, context: grpc.aio.ServicerContext) -> None:
+            peer = await gate.check(context) if gate else Peer()
+            await handler.stream_stream(messages, context, peer)
+
+        return grpc.stream_stream_rpc_method_handler(guarded)
+
+
 class Gate:
     """TLS and admission for a Fleet.
 
@@ -131,23 +171,23 @@ class Gate:
         directory: where the authority and the list of devices are, made if missing.
         names: returns what this machine is called; asked again and again, since a laptop's
             addresses change.
-        tell: called with a line for the owner, from the fleet's thread.
+        report: called with a line for the owner; a fleet that uses the gate sets its own.
 
     Raises:
         FederationError: the directory cannot be used.
     """
 
     def __init__(
-        self, directory: Path, names: Callable[[], list[str]], tell: Callable[[str], None]
+        self, directory: Path, names: Callable[[], list[str]], report: Callable[[str], None] = print
     ) -> None:
         self.authority = keys.Authority(directory)
         self.admissions = Admissions(directory)
         self.names = names
-        self.tell = tell
+        self.report = report
+        self._open_address = False  # whether there is one for stock clients
         self._waiting: Counter[str] = Counter()  # enrolments by address
-        self._refused: Counter[tuple[str, str]] = Counter()  # not told yet, by address and reason
-        self._telling = False
-        self._problem_told = -TELL_SECONDS
+        self.refusals = Refusals(lambda line: self.report(line))
+        self._problem_told = -PROBLEM_SECONDS
         # Apart, so that devices get in while another program keeps the list from being written.
         self._reads = ThreadPoolExecutor(4, "list-read")
         self._writes = ThreadPoolExecutor(1, "list-write")
@@ -156,33 +196,33 @@ class Gate:
         """Return TLS for a port; without `demand_key` for stock clients, which have none."""
         certificate = _ServerCertificate(self.authority, self.names)
         first = certificate.make(set(self.names()))
+        self._open_address |= not demand_key
         return grpc.dynamic_ssl_server_credentials(first, certificate, demand_key)
 
-    async def check(self, context: grpc.aio.ServicerContext) -> tuple[str, str]:
-        """Return the cid and key hash that the peer's certificate proves; hang up if it may not in.
-
-        Both are "" for a stock client at the address that is open to them.
-        """
+    async def check(self, context: grpc.aio.ServicerContext) -> Peer:
+        """Return whom the certificate proves the peer to be; end the call if it may not in."""
         presented = context.auth_context().get("x509_pem_cert")
         if not presented:
-            return "", ""
+            if not self._open_address:  # TLS demands a key at the other one
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a key is needed here")
+            return Peer()
         if presented[0] == keys.nobody()[1]:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "join with --join=TOKEN first")
-        certificate = x509.load_pem_x509_certificate(presented[0])
-        cid, key_hash = keys.common_name(certificate), keys.key_hash(certificate)
-        objection: str | None = "its certificate is not of this authority"
-        if keys.is_issued_by(certificate, self.authority.certificate):
-            try:
-                objection = await asyncio.get_running_loop().run_in_executor(
-                    self._reads, self.admissions.objection, cid, key_hash
-                )
-            except ListProblem as error:
-                self._tell_problem(error)
-                await context.abort(grpc.StatusCode.ABORTED, TRY_LATER)
+        cid = key_hash = ""
+        try:
+            cid, key_hash = read_certificate(presented[0], self.authority.certificate)
+            objection = await asyncio.get_running_loop().run_in_executor(
+                self._reads, self.admissions.objection, cid, key_hash
+            )
+        except ListProblem as error:
+            self._tell_problem(error)
+            await context.abort(grpc.StatusCode.ABORTED, TRY_LATER)
+        except FederationError as error:
+            objection = str(error)
         if objection:
-            self._refuse(peer_address(context), objection)
+            self.refusals.add(peer_address(context), objection)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, objection)
-        return cid, key_hash
+        return Peer(cid, key_hash)
 
     async def note_seen(self, devices: Iterable[Any]) -> None:
         """Note for the owner's list which devices are here; if need be later, or not at all."""
@@ -197,17 +237,16 @@ class Gate:
     def revoked(self, devices: Iterable[Any]) -> list[Any]:
         """Return those of the devices whose keys are not admitted any more.
 
-        While the list cannot be read, its owner cannot revoke either: then only those that
-        were known to be revoked.
+        While the list cannot be read, its owner cannot revoke either: then none.
         """
         try:
             admitted = {(d.cid, d.key_hash) for d in self.admissions.all() if d.revoked is None}
         except ListProblem as error:
             self._tell_problem(error)
-            return [d for d in devices if d.revoked]
+            return []
         return [d for d in devices if d.key_hash and (d.cid, d.key_hash) not in admitted]
 
-    async def enrol(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+    async def enrol(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
         """Sign a certificate for the key of a device that has a token.
 
         The request travels in the call's metadata, of which gRPC takes 16 kB and no more: of
@@ -216,36 +255,35 @@ class Gate:
         address = peer_address(context)
         with self._wait_for(address) as may_wait:
             if not may_wait:
-                self._refuse(address, "too many enrolments at a time")
+                self.refusals.add(address, "too many enrolments at a time")
                 await context.abort(grpc.StatusCode.ABORTED, "too many enrol at a time, try later")
             try:
-                cid, token, csr = _read_request(context)
+                cid, token, csr = read_enrolment(context.invocation_metadata())
                 certificate = await asyncio.get_running_loop().run_in_executor(
                     self._writes,
                     self.admissions.admit_by_token,
                     cid,
                     keys.key_hash(csr),
-                    keys.parse_token(token).mark,
+                    token.mark,
                     lambda: self.authority.sign_device(cid, keys.p256_key(csr)),
                 )
             except ListProblem as error:
                 self._tell_problem(error)
                 await context.abort(grpc.StatusCode.ABORTED, TRY_LATER)
             except FederationError as error:
-                self._refuse(address, str(error))
+                self.refusals.add(address, str(error))
                 await asyncio.sleep(PENALTY_SECONDS)
                 await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
-        self.tell(f"device {cid} was admitted from {address}, key {keys.key_hash(csr)[:16]}…")
+        self.report(f"device {cid} was admitted from {address}, key {keys.key_hash(csr)[:16]}…")
         await context.write(certificate)
 
-    async def renew(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+    async def renew(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
         """Sign a new certificate for the key by which a device is connected."""
-        cid, _key_hash = await self.check(context)
-        pem = context.auth_context().get("x509_pem_cert")
-        if not pem:
+        if not peer.key_hash:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "there is no key to certify")
-        public_key = keys.p256_key(x509.load_pem_x509_certificate(pem[0]))
-        await context.write(self.authority.sign_device(cid, public_key))
+        (pem,) = context.auth_context()["x509_pem_cert"]
+        public_key = keys.p256_key(x509.load_pem_x509_certificate(pem))
+        await context.write(self.authority.sign_device(peer.cid, public_key))
 
     @contextlib.contextmanager
     def _wait_for(self, address: str) -> Iterator[bool]:
@@ -261,32 +299,11 @@ class Gate:
             self._waiting[where] -= 1
             self._waiting = +self._waiting  # without those at 0
 
-    def _refuse(self, address: str, reason: str) -> None:
-        """Tell the owner, at once and then every TELL_SECONDS with the number."""
-        # The peer's own words may be in it.
-        reason = "".join(c if c.isprintable() else "?" for c in reason[:300])
-        if (address, reason) not in self._refused and len(self._refused) >= TELL_KINDS:
-            address, reason = "others", "as above"
-        self._refused[address, reason] += 1
-        if not self._telling:
-            self._tell_refused()
-
-    def _tell_refused(self) -> None:
-        self._telling = bool(self._refused)
-        for (address, reason), times in self._refused.most_common(TELL_LINES):
-            self.tell(f"refused {address}{f' {times:,} times' if times > 1 else ''}: {reason}")
-            del self._refused[address, reason]
-        if self._refused:
-            self.tell(f"refused others {self._refused.total():,} times, for like reasons")
-        self._refused.clear()
-        if self._telling:
-            asyncio.get_running_loop().call_later(TELL_SECONDS, self._tell_refused)
-
     def _tell_problem(self, error: ListProblem) -> None:
-        """Tell the owner that the list cannot be used, every TELL_SECONDS at most."""
-        if time.monotonic() >= self._problem_told + TELL_SECONDS:
+        """Report that the list cannot be used, every PROBLEM_SECONDS at most."""
+        if time.monotonic() >= self._problem_told + PROBLEM_SECONDS:
             self._problem_told = time.monotonic()
-            self.tell(str(error))
+            self.report(str(error))
 
 
 def _neighbourhood(address: str) -> str:
@@ -303,22 +320,37 @@ def peer_address(context: grpc.aio.ServicerContext) -> str:
     return host.strip("[]").removeprefix("::ffff:")
 
 
-def _read_request(
-    context: grpc.aio.ServicerContext,
-) -> tuple[str, str, x509.CertificateSigningRequest]:
-    """Return the cid, token and signing request of an enrolment.
+def read_certificate(pem: bytes, authority: x509.Certificate) -> tuple[str, str]:
+    """Return the cid and key hash that a peer's certificate is for.
+
+    Raises:
+        FederationError: it cannot be read, or another authority signed it.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        if keys.is_issued_by(certificate, authority):
+            return keys.common_name(certificate), keys.key_hash(certificate)
+    except Exception as error:  # cryptography documents no list of what a parser may raise
+        raise FederationError(f"its certificate cannot be read ({type(error).__name__})") from None
+    raise FederationError("its certificate is not of this authority")
+
+
+def read_enrolment(
+    metadata: Iterable[tuple[str, Any]] | None,
+) -> tuple[str, keys.Token, x509.CertificateSigningRequest]:
+    """Return the cid, token and signing request in the metadata of an enrolment.
 
     Raises:
         FederationError: it is none.
     """
     try:
-        data = dict(context.invocation_metadata() or ())[ENROL_REQUEST]
-        request = json.loads(data)
+        request = json.loads(dict(metadata or ())[ENROL_REQUEST])
         cid, token, csr = (request[name] for name in ("cid", "token", "csr"))
         if not all(isinstance(value, str) for value in (cid, token, csr)):
             raise TypeError
         data = csr.encode()
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except Exception:  # of bytes from anyone: nearly anything
         raise FederationError("this is no enrolment") from None
     check_cid(cid)
-    return cid, token, keys.read_signing_request(data)
+    request = keys.read_signing_request(data)
+    return cid, keys.parse_token(token), request

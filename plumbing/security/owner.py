@@ -3,11 +3,13 @@
 python server.py devices                     list them: since when, last seen, from where
 python server.py devices token               a new token, also while the server runs
 python server.py devices revoke 3            cut device 3 off, now and from now on
+python server.py devices revoke -- -h        a device with such a name, on an older list
 python server.py devices admit 7 8 --out DIR make their key files, for a fleet's cards:
                                              client.py --join=FILE, or ./run_pi.sh --join=FILE
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 from federated.errors import FederationError
 from plumbing.addresses import check_cid
 from plumbing.security import keys
-from plumbing.security.admissions import TOKEN_SECONDS, TOKEN_USES, Admissions
+from plumbing.security.admissions import TOKEN_SECONDS, TOKEN_USES, Admissions, ListProblem
 
 MOST = 1_000_000  # hours or uses of a token
 
@@ -67,19 +69,40 @@ def main(argv: Sequence[str]) -> str | None:
                     f"{MOST:,}"
                 )
             print(admissions.make_token(authority.hash, args.uses, 3600 * args.hours))
+            # Apart from the token, which a script may take from standard output.
+            print(
+                f"made a token for {args.uses} devices, valid for {args.hours:g} hours",
+                file=sys.stderr,
+            )
         elif args.command == "revoke":
-            for cid in args.cids:
-                check_cid(cid)
-            for cid in args.cids:
-                admissions.revoke(cid)
-                print(f"device {cid} is revoked: cut off now, and not let in again by its key")
-            print("open tokens are closed, it may know one; for a new one: server.py devices token")
+            revoke_all(admissions, args.cids)
         else:
             for path in admit(authority, admissions, args.cids, Path(args.out).expanduser()):
                 print(f"{path}: carry it to its device, join there with --join=FILE, delete it")
     except FederationError as error:
         return f"server.py: {error}"
     return None
+
+
+def revoke_all(admissions: Admissions, cids: Sequence[str]) -> None:
+    """Revoke each device that is admitted.
+
+    Raises:
+        FederationError: one of them is not; the others are revoked all the same.
+    """
+    problems = []
+    for cid in cids:
+        try:
+            admissions.revoke(cid)
+            print(f"device {cid} is revoked: cut off now, and not let in again by its key")
+        except ListProblem:
+            raise
+        except FederationError as error:
+            problems.append(str(error))
+    if len(problems) < len(cids):
+        print("open tokens are closed, it may know one; for a new one: server.py devices token")
+    if problems:
+        raise FederationError("; ".join(problems))
 
 
 def print_devices(admissions: Admissions) -> None:

@@ -13,10 +13,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import grpc
 import numpy as np
-from flwr.client import NumPyClient
 
 from federated.errors import FederationError, NotYet, Refused
 from plumbing.addresses import UnknownHost, resolve
@@ -41,6 +41,30 @@ REFUSALS = {
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.UNAUTHENTICATED,
 }
+
+
+class NumPyClient(Protocol):
+    """What answers a server's requests; Flower's class of that name does, too.
+
+    Weights are NumPy arrays in the model's order. `config`, properties and metrics hold
+    values of type bool, bytes, float, int and str.
+    """
+
+    def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return what this device is."""
+
+    def get_parameters(self, config: dict[str, Any]) -> list[np.ndarray]:
+        """Return the weights that this device has."""
+
+    def fit(
+        self, parameters: list[np.ndarray], config: dict[str, Any]
+    ) -> tuple[list[np.ndarray], int, dict[str, Any]]:
+        """Train from `parameters`; return (weights, num_examples, metrics)."""
+
+    def evaluate(
+        self, parameters: list[np.ndarray], config: dict[str, Any]
+    ) -> tuple[float, int, dict[str, Any]]:
+        """Evaluate `parameters`; return (loss, num_examples, metrics)."""
 
 
 def serve(
@@ -161,7 +185,8 @@ class _Worker:
         if request.kind == "get_properties":
             properties = self.client.get_properties(request.config)
             held = {wire.ROUND_ID: self.round_id} if self.round_id else {}
-            return wire.encode_properties_reply({**properties, **held, wire.PIECES: True})
+            own = {wire.PIECES: True, wire.VERSION: wire.PROTOCOL}
+            return wire.encode_properties_reply({**properties, **held, **own})
         if request.kind == "get_parameters":
             if round_id and round_id == self.round_id:
                 first = int(request.config.get(wire.FIRST, 0))
@@ -292,9 +317,14 @@ def _keepalive_seconds(server_address: str, timeout: float, identity: Identity |
                 return STOCK_KEEPALIVE_SECONDS
             raise
     try:
-        return max(1.0, float(json.loads(answer)["keepalive_seconds"]))
-    except (KeyError, TypeError, ValueError):
+        reported = json.loads(answer)
+        keepalive_seconds = max(1.0, float(reported["keepalive_seconds"]))
+        problem = wire.version_problem(reported.get(wire.VERSION, 1), "the server")
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise FederationError(f"{server_address} is no server of this kind: {answer!r}") from None
+    if problem:
+        raise Refused(problem)
+    return keepalive_seconds
 
 
 @contextmanager

@@ -1,25 +1,34 @@
-"""Flower's messages to and from bytes, with few copies of the weights.
+"""The stream's messages (stream.proto) to and from bytes, with few copies of the weights.
 
-flwr's own way from arrays to bytes nests one message in another, which copies the
+Protobuf's own way from arrays to bytes nests one message in another, which copies the
 weights at each level (85 ms a level for ResNet18's 44.7 MB on a 2-core x86-64 machine).
 Here protobuf sees the small fields alone. The weights are joined to them in one copy, and
 are read straight out of the bytes received. Either end may be a stock Flower one.
+
+Bytes from a device are hostile. Whatever reads or checks them stands under `untrusted()`.
 """
 
 import io
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar, overload
 
 import numpy as np
-from flwr.common import serde
-from flwr.proto.transport_pb2 import ClientMessage, Code, Parameters, Reason, ServerMessage
 from google.protobuf.message import DecodeError
 
 from federated.errors import BadReply, FederationError
+from plumbing.stream.stream_pb2 import (
+    ClientMessage,
+    Code,
+    Parameters,
+    Reason,
+    Scalar,
+    ServerMessage,
+)
 
 Weights = Sequence[np.ndarray]
 Scalars = dict[str, Any]  # Flower's config, properties and metrics: bool, bytes, float, int, str
@@ -39,6 +48,45 @@ PIECES = "pieces"  # among its properties: this device takes a fit in pieces
 MORE = "more"  # in a fit's config: another piece follows, do not answer yet
 FIRST, COUNT = "first", "count"  # in the config of get_parameters: which arrays; else all
 
+# Raised when one end of another version would misunderstand the other. In a device's
+# properties and in the answer to Hello; absent it is 1.
+PROTOCOL = 2
+VERSION = "protocol"
+
+MAX_DIMENSIONS = 32  # of an array; NumPy 2 takes 64
+MAX_REASON = 500  # characters of what is reported about bad bytes
+
+
+@contextmanager
+def untrusted() -> Iterator[None]:
+    """Turn whatever is raised while a device's bytes are read or checked into a BadReply.
+
+    Also as a decorator. NumPy, protobuf and Python raise nearly anything for bytes that were
+    made for it, MemoryError and RecursionError included, and none of it may end a round. The
+    message is one printable line, though it may quote the device.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = str(error)
+        if not isinstance(error, BadReply):
+            reason = f"bytes that cannot be read ({type(error).__name__}: {reason})"
+        if not reason.isprintable():
+            reason = ascii(reason[:MAX_REASON])[1:-1]
+        raise BadReply(reason[:MAX_REASON]) from error
+
+
+def version_problem(version: Any, who: str = "this device") -> str | None:
+    """Return why a peer of this project with that version of the protocol cannot take part."""
+    if version == PROTOCOL:
+        return None
+    older = type(version) is int and version < PROTOCOL
+    fault = f"{who} is of an older release" if older else f"{who} is of another release"
+    return (
+        f"{fault} (protocol {version!r:.20}, here {PROTOCOL}); use the same release on server and "
+        "devices: update the project there and start it again, which builds the image again"
+    )
+
 
 # --- Arrays, in NumPy's .npy format ---------------------------------------------------
 
@@ -48,6 +96,7 @@ def pack_array(array: np.ndarray) -> bytes:
     return b"".join(_npy_parts(array))
 
 
+@untrusted()
 def unpack_array(data: bytes | memoryview) -> np.ndarray:
     """Return the array in an .npy file's contents: a read-only view of `data` or a copy.
 
@@ -65,10 +114,7 @@ def unpack_array(data: bytes | memoryview) -> np.ndarray:
     array = np.frombuffer(data, dtype, count, start)
     if not array.flags.aligned:  # arithmetic on it is twice as slow, which costs more than this
         array = array.copy()
-    try:
-        return array.reshape(shape, order=order)
-    except ValueError as error:  # 70 dimensions, say
-        raise BadReply(f"an array that cannot be ({error})") from None
+    return array.reshape(shape, order=order)
 
 
 def _npy_parts(array: np.ndarray) -> "Parts":
@@ -88,14 +134,18 @@ def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 @lru_cache(maxsize=1024)
 def _read_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], Any]:
+    stream = io.BytesIO(header)
     try:
-        stream = io.BytesIO(header)
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError("not .npy format 1.0")
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    except Exception as error:  # bytes from anyone: NumPy's parser may raise nearly anything
+    except Exception as error:
         raise BadReply(f"an array that cannot be read ({error})") from None
-    if dtype.hasobject or dtype.itemsize == 0 or any(n < 0 for n in shape):
+    if len(shape) > MAX_DIMENSIONS:
+        raise BadReply(f"an array of {len(shape)} dimensions")
+    # NumPy's parser takes True for an int, which `reshape` does not.
+    sizes_are_plain = all(type(n) is int and n >= 0 for n in shape)
+    if dtype.hasobject or dtype.itemsize == 0 or not sizes_are_plain:
         raise BadReply(f"an array of shape {shape} and type {dtype}")
     return dtype, shape, "F" if fortran_order else "C"
 
@@ -210,17 +260,18 @@ def decode_request(data: bytes) -> Request:
         FederationError: it is none that this client knows.
     """
     try:
-        message, tensors = _open(ServerMessage, data)
-        kind = message.WhichOneof("msg") or "nothing"
-        instruction: Any = getattr(message, kind, None)
-        if kind == "reconnect_ins":
-            return Request("reconnect", {}, reconnect_seconds=instruction.seconds)
-        if kind in ("get_properties_ins", "get_parameters_ins"):
-            return Request(kind.removesuffix("_ins"), _scalars(instruction.config))
-        if kind in ("fit_ins", "evaluate_ins"):
-            weights = [unpack_array(tensor) for tensor in tensors]
-            return Request(kind.removesuffix("_ins"), _scalars(instruction.config), weights)
-    except (DecodeError, BadReply) as error:
+        with untrusted():
+            message, tensors = _open(ServerMessage, data)
+            kind = message.WhichOneof("msg") or "nothing"
+            instruction: Any = getattr(message, kind, None)
+            if kind == "reconnect_ins":
+                return Request("reconnect", {}, reconnect_seconds=instruction.seconds)
+            if kind in ("get_properties_ins", "get_parameters_ins"):
+                return Request(kind.removesuffix("_ins"), _scalars(instruction.config))
+            if kind in ("fit_ins", "evaluate_ins"):
+                weights = [unpack_array(tensor) for tensor in tensors]
+                return Request(kind.removesuffix("_ins"), _scalars(instruction.config), weights)
+    except BadReply as error:
         raise FederationError(f"the server sent what cannot be read: {error}") from error
     raise FederationError(f"the server asks for '{kind}', which this client does not know")
 
@@ -284,6 +335,7 @@ def encode_done_reply(will_reconnect: bool) -> bytes:
     return message.SerializeToString()
 
 
+@untrusted()
 def decode_properties_reply(data: bytes) -> Scalars | None:
     """Return what the device says of itself; None from a client that says nothing.
 
@@ -296,6 +348,7 @@ def decode_properties_reply(data: bytes) -> Scalars | None:
     return _scalars(reply.properties)
 
 
+@untrusted()
 def decode_fit_reply(data: bytes) -> tuple[list[np.ndarray], int, Scalars]:
     """Return (weights, num_examples, metrics) of a reply to `encode_fit`.
 
@@ -304,12 +357,12 @@ def decode_fit_reply(data: bytes) -> tuple[list[np.ndarray], int, Scalars]:
     """
     reply, tensors = _open_reply(data, "fit_res")
     if reply.status.code != Code.OK:
-        said = reply.status.message[:500] or f"status {reply.status.code}"
-        raise BadReply(f"could not train: {said if said.isprintable() else ascii(said)}")
+        raise BadReply(f"could not train: {reply.status.message or f'status {reply.status.code}'}")
     weights = [unpack_array(tensor) for tensor in tensors]
     return weights, reply.num_examples, _scalars(reply.metrics)
 
 
+@untrusted()
 def decode_parameters_reply(data: bytes) -> list[np.ndarray]:
     """Return the weights in a reply to `encode_get_parameters`.
 
@@ -434,7 +487,22 @@ def _read_varint(data: memoryview, position: int) -> tuple[int, int]:
 
 def _fill_scalars(field: Any, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
-        field[name].CopyFrom(serde.scalar_to_proto(value))
+        field[name].CopyFrom(_scalar(value))
+
+
+def _scalar(value: Any) -> Scalar:
+    match value:
+        case bool():  # before int, which a bool is, too
+            return Scalar(bool=value)
+        case int():
+            return Scalar(sint64=value) if value < 2**63 else Scalar(uint64=value)
+        case float():
+            return Scalar(double=value)
+        case str():
+            return Scalar(string=value)
+        case bytes():
+            return Scalar(bytes=value)
+    raise ValueError(f"{value!r} is of type {type(value).__name__}, which no message can hold")
 
 
 def _scalars(field: Any) -> Scalars:

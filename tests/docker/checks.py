@@ -160,11 +160,12 @@ ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()
 
 TRAIN = """
 import torch, utils
+from federated.settings import Settings
 torch.set_num_threads(1)
 data = utils.load_data("synthetic:4", "train")
 for name in utils.MODELS:
     net = utils.build_model(name)
-    utils.train(net, utils.TrainLoader(data, 4))
+    utils.train(net, utils.TrainLoader(data, 4), Settings(lr=utils.LR, lr_end=0.0))
     assert all(p.isfinite().all() for p in net.parameters())
     print("trained", name)
 """
@@ -357,15 +358,17 @@ def secure(folder: Path) -> None:
 
 def restart(folder: Path) -> None:
     """Two detached clients, one volume without CIFAR-10, and one process killed in a round."""
-    archive, attributes = tiny_cifar10()
+    archive, sums = tiny_cifar10()
     with Mirror(archive) as mirror:
         threading.Thread(target=mirror.serve_forever, daemon=True).start()
-        # The same client, but its torchvision is told of this archive: Python runs such a file
-        # at its start.
+        # The same client, but its utils.py knows this archive: Python runs such a file at its
+        # start. In the container the sources are in /app.
         (folder / "sitecustomize.py").write_text(
-            "from torchvision.datasets import CIFAR10\n"
-            f"for name, value in {dict(attributes, url=mirror.url)!r}.items():\n"
-            "    setattr(CIFAR10, name, value)\n"
+            "import sys\n"
+            f"sys.path[:0] = ['/app', {str(ROOT)!r}]\n"
+            "import utils\n"
+            f"utils.CIFAR10_URL = {mirror.url!r}\n"
+            f"utils.CIFAR10_MD5.update({sums!r})\n"
         )
         os.environ["DOCKER_RUN_OPTIONS"] = (
             f"{RUN_OPTIONS} --volume {folder}:/test:ro --env PYTHONPATH=/test"
@@ -403,7 +406,8 @@ def _restart(folder: Path, mirror: Mirror) -> None:
     )
 
     data = f"--data_dir={folder / 'data'}"
-    run("env", f"PYTHONPATH={folder}", sys.executable, ROOT / "utils.py", data)
+    main = "import utils; utils.main()"
+    run("env", f"PYTHONPATH={folder}", sys.executable, "-c", main, data)
     server, _ = start_server(
         folder,
         f"--server_address={address}",
@@ -466,7 +470,8 @@ def sick(folder: Path) -> None:
 def edit(folder: Path) -> None:
     tree = folder / "edited tree"
     tree.mkdir()
-    for name in ("run_pi.sh", "Dockerfile", ".dockerignore", "client.py", "utils.py"):
+    sources = ("client.py", "torch_trainer.py", "utils.py")
+    for name in ("run_pi.sh", "Dockerfile", ".dockerignore", *sources):
         shutil.copy2(ROOT / name, tree)
     for name in ("base_images", "federated", "plumbing"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -535,8 +540,8 @@ RUN mkdir /opt/flower/packages/torch && touch /opt/flower/packages/torch/__init_
 """
 
 ASK = """
-import json, flwr, google.protobuf as protobuf, torch
-print(json.dumps([torch.__version__, torch.version.cuda, flwr.__file__, protobuf.__version__]))
+import json, grpc, google.protobuf as protobuf, torch
+print(json.dumps([torch.__version__, torch.version.cuda, grpc.__file__, protobuf.__version__]))
 """
 
 
@@ -580,8 +585,8 @@ def gpu(folder: Path) -> None:
         docker("run", "--rm", "--init", f"{NAME}:gpu", "python", "-c", ASK).splitlines()[-1]
     )
     check(
-        "torch is the base image's, Flower and protobuf are ours",
-        found == ["2.8.0a0+nv25.6", "12.9", "/opt/flower/packages/flwr/__init__.py", "6.33.6"],
+        "torch is the base image's, gRPC and protobuf are ours",
+        found == ["2.8.0a0+nv25.6", "12.9", "/opt/flower/packages/grpc/__init__.py", "6.33.6"],
         found,
     )
     code, output = run(

@@ -70,7 +70,8 @@ def edited_client(launch: Callable[..., Process], tmp_path: Path) -> Callable[..
         home.mkdir()
         for room in ("federated", "plumbing"):
             (home / room).symlink_to(ROOT / room)
-        (home / "client.py").write_text((ROOT / "client.py").read_text())
+        for name in ("client.py", "torch_trainer.py"):
+            (home / name).write_text((ROOT / name).read_text())
         text = (ROOT / "utils.py").read_text()
         assert text.count(line) == 1, f"{line!r} is not once in utils.py"
         (home / "utils.py").write_text(text.replace(line, replacement))

@@ -19,14 +19,13 @@ import zlib
 from typing import Any
 
 import numpy as np
-from flwr.client import NumPyClient
 
 from federated.errors import FederationError
 from plumbing.security.identity import open_identity
 from plumbing.stream import device as transport
 
 
-class Adder(NumPyClient):
+class Adder:
     def __init__(self, cid: str, add: float, gate: Path | None) -> None:
         self.cid = cid
         self.add = add

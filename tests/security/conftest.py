@@ -318,8 +318,10 @@ def devices(tmp_path: Path) -> Callable[..., str]:
     """Run server.py devices on the keys in tmp_path/owner; return its output."""
 
     def run(*arguments: str | Path, code: int = 0) -> str:
-        command = [ROOT / "server.py", "devices", *arguments, f"--keys={tmp_path / 'owner'}"]
-        done = run_python(*command)
+        command, *rest = arguments or ("list",)
+        done = run_python(
+            ROOT / "server.py", "devices", command, f"--keys={tmp_path / 'owner'}", *rest
+        )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import ssl
 import string
 import sys
@@ -21,8 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from federated.errors import FederationError, Refused
+from plumbing.security import complaints, keys
 from plumbing.security import gate as gate_module
-from plumbing.security import keys
 from plumbing.security.gate import WAITING_EACH, Gate
 from plumbing.security.identity import ENROL, ENROL_REQUEST
 from plumbing.stream import device as transport
@@ -295,9 +296,9 @@ messages = (
 SERVER = """
     import sys, threading
     from pathlib import Path
-    from plumbing.security import gate
+    from plumbing.security import complaints, gate
     from plumbing.stream.fleet import Fleet
-    gate.PENALTY_SECONDS, gate.TELL_SECONDS = 0.0, 0.5
+    gate.PENALTY_SECONDS, complaints.PERIOD_SECONDS = 0.0, 0.5
     say = lambda *what: print(*what, flush=True)
     door = gate.Gate(Path(sys.argv[1]), lambda: ["127.0.0.1"], say)
     print(Fleet("127.0.0.1:0", {}, lambda properties: None, say, say, gate=door).address)
@@ -385,7 +386,7 @@ def test_guesses_are_slowed_down_told_in_few_lines_and_leave_nothing(
 ):
     """One address guesses as fast as it can, from eight connections; a device joins beside it."""
     monkeypatch.setattr(gate_module, "PENALTY_SECONDS", 0.5)
-    monkeypatch.setattr(gate_module, "TELL_SECONDS", 0.5)
+    monkeypatch.setattr(complaints, "PERIOD_SECONDS", 0.5)
     looked_up = []
     real = fleet.gate.admissions.admit_by_token
 
@@ -450,13 +451,15 @@ def test_guesses_are_slowed_down_told_in_few_lines_and_leave_nothing(
     assert grown < 30e6, f"{grown / 1e6:.0f} MB"
     lines = [line for line in told if "203.0.113.9" in line]
     assert 1 <= len(lines) <= 2 * (seconds / 0.5 + 2)
-    wait_until(lambda: not fleet.gate._refused)
-    told_times = sum(
-        int(line.split(" times")[0].split()[-1].replace(",", "")) if " times" in line else 1
-        for line in told
-        if "203.0.113.9" in line
-    )
-    assert told_times == GUESSES
+
+    def told_times() -> int:
+        return sum(
+            int(line.split(" times")[0].split()[-1].replace(",", "")) if " times" in line else 1
+            for line in told
+            if "203.0.113.9" in line
+        )
+
+    wait_until(lambda: told_times() == GUESSES)
     wait_until(lambda: not fleet.gate._waiting)
     print(
         f"{GUESSES} guesses in {seconds:.1f} s, {len(looked_up)} looked up, "
@@ -465,15 +468,16 @@ def test_guesses_are_slowed_down_told_in_few_lines_and_leave_nothing(
 
 
 def test_refusals_with_many_different_words_are_told_in_few_lines(fleet, told, monkeypatch):
-    monkeypatch.setattr(gate_module, "TELL_SECONDS", 0.2)
+    monkeypatch.setattr(complaints, "PERIOD_SECONDS", 0.2)
     monkeypatch.setattr(gate_module, "PENALTY_SECONDS", 0.0)
-    monkeypatch.setattr(gate_module, "TELL_KINDS", 50)
+    monkeypatch.setattr(complaints, "KINDS", 50)
     with channel(fleet) as opened:
         for i in range(300):
             refusal(opened, enrolment(f"/{i}", "x"))
-            assert len(fleet.gate._refused) <= 51
-    wait_until(lambda: not fleet.gate._refused)
-    assert len(told) <= 12 * 20  # that is, TELL_LINES and one each 0.2 s
+    fleet.gate.refusals.close()
+    numbers = [re.search(r"([0-9,]+) times", line) for line in told]
+    assert sum(int(n[1]) if n else 1 for n in numbers) == 300
+    assert len(told) <= 22 * 20  # each 0.2 s
 
 
 @pytest.mark.parametrize("method", [transport.JOIN, transport.HELLO, ENROL])

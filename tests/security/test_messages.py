@@ -186,9 +186,11 @@ def test_secured_device_at_an_open_server_says_what_to_do(open_server, make_gate
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["revoke", "9"], "no device 9 is admitted; server.py devices lists them"),
-        (["revoke", "1"], "no device 1 is admitted"),  # it was revoked before
-        (["revoke", "0", "../x\n"], r"--cid '../x\n' is not made of 1 to 64 letters"),
+        (["revoke", "9"], "no device '9' is admitted; server.py devices lists them"),
+        (["revoke", "1"], "device 1 was revoked already, on 20"),
+        (["revoke", "../x\n"], r"no device '../x\n' is admitted"),
+        (["revoke", "--", "-h"], "no device '-h' is admitted"),
+        (["admit", "--out={}", "--", "-h"], "--cid '-h' is not made of 1 to 64 letters"),
         (["admit", "0", "--out={}"], "a device 0 is admitted already; choose another --cid"),
         (["admit", "../x", "--out={}"], "--cid '../x' is not made of 1 to 64 letters"),
         (["admit", "5", "--out=/dev/null"], "the keys directory '/dev/null' cannot be made"),
@@ -209,7 +211,7 @@ def test_devices_commands_that_cannot_be(make_gate, tmp_path, arguments, message
     before = gate.admissions.all()
     arguments = [argument.format(tmp_path / "out") for argument in arguments]
     if not any("--keys" in argument for argument in arguments):
-        arguments.append(f"--keys={tmp_path / 'owner'}")
+        arguments.insert(1, f"--keys={tmp_path / 'owner'}")
     line = devices_module.main(arguments)
     assert line and line.startswith("server.py: ") and message in line
     assert line.isprintable()
@@ -220,6 +222,35 @@ def test_devices_commands_that_cannot_be(make_gate, tmp_path, arguments, message
 def test_devices_ends_with_one_line_and_code_1(devices):
     output = devices("revoke", "9", code=1)
     assert len(output.splitlines()) == 1
+
+
+def test_revoking_several_revokes_those_that_are_admitted_and_names_the_others(make_gate, devices):
+    gate = make_gate()
+    for cid in "012":
+        admitted(gate, cid)
+    gate.admissions.revoke("1")
+    output = devices("revoke", "0", "1", "9", "2", code=1)
+    assert "device 0 is revoked" in output and "device 2 is revoked" in output
+    problems = output.splitlines()[-1]
+    assert "device 1 was revoked already, on " in problems
+    assert "no device '9' is admitted" in problems
+    assert all(device.revoked for device in gate.admissions.all())
+
+
+def test_device_named_like_a_flag_on_an_older_list_can_be_revoked(make_gate, devices):
+    gate = make_gate()
+    admitted(gate, "-h")
+    assert "device -h is revoked" in devices("revoke", "--", "-h")
+    (device,) = gate.admissions.all()
+    assert device.revoked
+
+
+def test_token_is_alone_on_standard_output_and_explained_beside_it(make_gate):
+    gate = make_gate()
+    command = ["server.py", "devices", "token", "--uses=3", f"--keys={gate.admissions.path.parent}"]
+    done = run_python(*command)
+    assert keys.parse_token(done.stdout.strip()).authority_hash == gate.authority.hash
+    assert done.stderr == "made a token for 3 devices, valid for 24 hours\n"
 
 
 def test_list_of_nobody_says_how_they_join(make_gate, devices):

@@ -1,0 +1,543 @@
+"""Rounds over a fleet: who is asked, what comes back, when a round ends and what it counts.
+
+A schedule is a generator of Steps. It gives Jobs to the devices of a Fleet and takes their
+Results, and knows neither how they travel (gRPC streams, Flower's Grid, a list in memory)
+nor how updates are combined (federated/strategies.py).
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from federated.errors import FederationError
+from federated.updates import Bounds, Scalar, Update, Weights, is_finite
+
+if TYPE_CHECKING:
+    from federated.strategies import Strategy, Training
+
+LOST = "the connection broke"
+REVOKED = "it was revoked"
+MAX_FAILURES = 3  # bad replies in a row; then a device is left out
+
+# --- What travels between a schedule and a fleet --------------------------------------
+
+
+@dataclass(eq=False)
+class Device:
+    """A connected board; a new object each time that it joins.
+
+    Its state is in these fields and nowhere else. Only the Fleet's `start`, `abandon` and
+    `wait` and the schedule write them, all in the thread that runs the schedule.
+    """
+
+    cid: str  # unique; "?1", "?2", … for clients that do not give their name
+    properties: Mapping[str, Any] = field(default_factory=dict)  # what it reports of itself
+    job: "Job | None" = None  # what it works on, also if nobody waits for that any more
+    late: bool = False  # nobody does
+    failures: int = 0  # bad replies in a row
+    gone: str = ""  # why its connection ended
+
+    @property
+    def name(self) -> str:
+        """How people know it: "device 0", or "device ?" if it did not give its name."""
+        return "device ?" if self.cid.startswith("?") else f"device {self.cid}"
+
+    @property
+    def left_out(self) -> bool:
+        """Whether it has failed so often that it is not sampled until it reconnects."""
+        return self.failures >= MAX_FAILURES
+
+    @property
+    def state(self) -> str:
+        """One of gone, late, busy, left out, idle."""
+        if self.gone:
+            return "gone"
+        if self.job:
+            return "late" if self.late else "busy"
+        return "left out" if self.left_out else "idle"
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What devices are asked to do: train from `model` on their own images."""
+
+    id: str  # survives a broken connection: a device that comes back can offer its result
+    version: int  # the round whose result `model` is
+    model: Weights
+    config: Mapping[str, Scalar]  # the settings, as they travel (federated/settings.py)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A device connected."""
+
+    device: Device
+
+
+@dataclass(frozen=True)
+class Left:
+    """A device's connection ended; a job of its may still be finished when it is back."""
+
+    device: Device
+    reason: str = LOST
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A device came back with a job that was lost with its connection."""
+
+    device: Device
+    job: Job
+
+
+@dataclass(frozen=True)
+class Offered:
+    """A device has trained; its update is fetched when there is room for it."""
+
+    device: Device
+    job: Job
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a job ended on a device."""
+
+    device: Device
+    job: Job
+    update: Update | None  # checked
+    problem: str = ""  # why there is none
+    at_fault: bool = False  # the device, not the network
+    seconds: float = 0.0  # from sending the job to the device's being done
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+@dataclass(frozen=True)
+class Freed:
+    """A device ended a job that nobody waited for any more."""
+
+    device: Device
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something for the operator, such as a device that was refused."""
+
+    text: str
+    kind: str = "notice"
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """There are too few idle devices for a round."""
+
+    needed: int
+    connected: int
+    busy: int
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A device's work does not count in this round."""
+
+    server_round: int
+    device: Device
+    reason: str
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """A device reports far more examples than is usual; they count in part."""
+
+    server_round: int
+    device: Device
+    num_examples: int
+    counted_examples: int
+
+
+@dataclass(frozen=True)
+class Retry:
+    """An attempt brought no new model."""
+
+    server_round: int
+    attempt: int
+    attempts: int
+    good_replies: int
+    reason: str = ""
+
+
+Event = Joined | Left | Resumed | Offered | Result | Freed | Notice
+Observed = Event | Waiting | Dropped | Clipped | Retry
+Observer = Callable[["Observed | Step"], None]
+
+
+class Fleet(ABC):
+    """The devices that are connected, and the jobs that they work on.
+
+    An implementation gives `_start`, `_abandon` and `_next`; the devices' state is kept here.
+    All of it is called in one thread.
+    """
+
+    def __init__(self) -> None:
+        self.devices: dict[str, Device] = {}
+
+    def idle(self) -> list[Device]:
+        """Return the devices that can be asked, by name, so that chance plays no part."""
+        return [d for _, d in sorted(self.devices.items()) if d.state == "idle"]
+
+    def start(self, device: Device, job: Job) -> None:
+        """Give a job to an idle device. Returns at once; `wait` brings its Result."""
+        device.job, device.late = job, False
+        self._start(device, job)
+
+    def abandon(self, device: Device, job: Job, patience: float | None = None) -> None:
+        """Wait no longer for a device's result; it is late until its job ends.
+
+        Args:
+            patience: seconds, then its connection is closed if it still works on the job.
+        """
+        if device.job is job:
+            device.late = True
+        self._abandon(device, job, patience)
+
+    def wait(self, timeout: float | None = None) -> Event | None:
+        """Return the next event, None when there was none for `timeout` seconds."""
+        event = self._next(timeout)
+        match event:
+            case Joined(device):
+                self.devices[device.cid] = device
+            case Left(device, reason):
+                device.gone, device.job = reason, None
+                if self.devices.get(device.cid) is device:
+                    del self.devices[device.cid]
+            case Resumed(device, job):
+                device.job = job
+            case Result(device) | Freed(device):
+                device.job, device.late = None, False
+        return event
+
+    def revoked(self, devices: Sequence[Device]) -> list[Device]:
+        """Return the devices whose admission the owner has taken back meanwhile."""
+        return []
+
+    @abstractmethod
+    def _start(self, device: Device, job: Job) -> None: ...
+
+    @abstractmethod
+    def _abandon(self, device: Device, job: Job, patience: float | None) -> None: ...
+
+    @abstractmethod
+    def _next(self, timeout: float | None) -> Event | None: ...
+
+
+# --- Schedules ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What must hold for a round to begin, to end and to count.
+
+    Attributes:
+        config: the settings of a round, by its number.
+        job_id: a name for a round's work that no other run, and no other settings, share.
+        evaluate: the new model's test results, "loss" among them.
+    """
+
+    rounds: int
+    config: Callable[[int], Mapping[str, Scalar]]
+    evaluate: Callable[[Weights], Mapping[str, Any]]
+    job_id: Callable[[int], str] = str
+    first_round: int = 1
+    min_num_clients: int = 1  # devices that must be connected
+    min_sample_size: int = 1  # of these, devices that train
+    min_replies: int = 1  # of these, devices whose updates are good
+    timeout: float | None = None  # seconds, then a round closes without those that are not done
+    retries: int = 0  # attempts after the first, when there are too few good updates
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What is kept of an update that counts."""
+
+    device: Device
+    num_examples: int  # as the device reports
+    counted_examples: int  # its weight in the mean, see Bounds
+    norm: float
+    metrics: Mapping[str, Scalar]
+    seconds: float
+    bytes_sent: int
+    bytes_received: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished round: the new global weights and how they came about."""
+
+    server_round: int
+    weights: Weights
+    evaluation: Mapping[str, Any]
+    sampled: int  # devices that were asked
+    contributions: Sequence[Contribution]  # by the device's name
+    dropped: Sequence[tuple[str, str]]  # names and reasons, of all attempts
+    seconds: float  # without waiting for devices and without evaluating
+    seconds_evaluate: float
+
+
+def synchronous(
+    fleet: Fleet,
+    strategy: "Strategy",
+    weights: Weights,
+    plan: Plan,
+    bounds: Bounds | None = None,
+    observe: Observer = lambda event: None,
+) -> Iterator[Step]:
+    """Round by round: sample devices, wait for all of them, aggregate, evaluate.
+
+    Raises:
+        FederationError: a round has no new model after as many retries as the plan allows.
+    """
+    bounds = bounds or Bounds()
+    for server_round in range(plan.first_round, plan.rounds + 1):
+        step = _Round(server_round, fleet, strategy, weights, plan, bounds, observe).finish()
+        weights = step.weights
+        yield step
+
+
+class NoModel(Exception):
+    """An attempt brings no new model; the message says why, if that is not known already."""
+
+    def __init__(self, reason: str = "", blameless: bool = False) -> None:
+        super().__init__(reason)
+        self.blameless = blameless  # nobody did anything wrong
+
+
+class _Round:
+    """One round, with as many attempts as it takes."""
+
+    def __init__(
+        self,
+        server_round: int,
+        fleet: Fleet,
+        strategy: "Strategy",
+        weights: Weights,
+        plan: Plan,
+        bounds: Bounds,
+        observe: Observer,
+    ) -> None:
+        self.server_round = server_round
+        self.fleet = fleet
+        self.strategy = strategy
+        self.weights = weights
+        self.plan = plan
+        self.bounds = bounds
+        self.observe = observe
+        self.avoided: set[str] = set()  # cids that this round samples only where others lack
+        self.dropped: list[tuple[str, str]] = []
+        self.excluded: set[str] = set()  # cids that it does not ask again
+        self.counted: list[Contribution] = []
+        self.sampled = 0
+
+    def finish(self) -> Step:
+        """Make attempts until one has a new model."""
+        attempts = self.plan.retries + 1
+        attempt = 0
+        while attempt < attempts:
+            try:
+                return self._attempt(attempt)
+            except NoModel as problem:
+                attempt += not problem.blameless
+                if not problem.blameless:
+                    good = len(self.counted)
+                    self.observe(Retry(self.server_round, attempt, attempts, good, str(problem)))
+        raise FederationError(
+            f"round {self.server_round} brought no new model in {attempts} attempts; "
+            "the reasons are above"
+        )
+
+    def _attempt(self, attempt: int) -> Step:
+        training = self._begin(attempt)
+        start = time.perf_counter()  # waiting for devices does not count
+        try:
+            self._collect(training)
+            self._check()
+            weights = training.aggregate()
+            if not is_finite(weights.values()) or not is_finite(self.strategy.state()[0].values()):
+                raise NoModel("the new model has non-finite values")
+            aggregated = time.perf_counter()
+            evaluation = self.plan.evaluate(weights)
+            if not evaluation["loss"] < float("inf"):
+                raise NoModel(f"the new model's test loss is {evaluation['loss']}")
+        except BaseException:
+            training.roll_back()
+            raise
+        norms = [c.norm for c in self.counted]
+        self.bounds.learn(norms, [c.counted_examples for c in self.counted])
+        return Step(
+            self.server_round,
+            weights,
+            evaluation,
+            self.sampled,
+            sorted(self.counted, key=lambda contribution: contribution.device.name),
+            self.dropped,
+            round(aggregated - start, 3),
+            round(time.perf_counter() - aggregated, 3),
+        )
+
+    def _begin(self, attempt: int) -> "Training":
+        """Wait until there are enough devices, and choose among them."""
+        more = 0  # devices that the strategy wants beyond what the plan asks for
+        while True:
+            self._wait_for_devices(more)
+            idle = [d for d in self.fleet.idle() if d.cid not in self.excluded]
+            fresh = [device for device in idle if device.cid not in self.avoided]
+            training = self.strategy.begin(
+                self.server_round,
+                self.weights,
+                self.plan.config(self.server_round),
+                fresh if len(fresh) >= max(self.plan.min_sample_size, more) else idle,
+                f"{self.plan.seed} {self.server_round} {attempt}",
+            )
+            if training is not None:
+                return training
+            more = len(idle) + 1
+
+    def _wait_for_devices(self, more: int) -> None:
+        """Handle events until `min_num_clients` are connected and enough of them are idle.
+
+        Devices that are left out are not waited for.
+        """
+        shown: Waiting | None = None
+        while True:
+            devices = self.fleet.devices.values()
+            states = [d.state for d in devices if d.cid not in self.excluded]
+            able = len(states) - states.count("left out")
+            needed = max(1, min(self.plan.min_sample_size, able), more)
+            connected = len(devices)
+            if connected >= self.plan.min_num_clients and states.count("idle") >= needed:
+                return
+            waiting = Waiting(
+                max(self.plan.min_num_clients, more),
+                connected,
+                able - states.count("idle"),
+                states.count("left out"),
+            )
+            if waiting != shown:
+                self.observe(waiting)
+            shown = waiting
+            if event := self.fleet.wait():
+                self.observe(event)
+
+    def _collect(self, training: "Training") -> None:
+        """Give out the jobs; take the results until all are in or the round's time is over."""
+        self.counted = []
+        self.reasons: list[str] = []  # of this attempt's drops
+        expected: dict[str, tuple[Device, Job]] = {}  # by cid; in the end it is empty
+        lost: set[str] = set()  # of these, whose connection broke; they may come back
+        offered: set[str] = set()  # of these, who are done
+        jobs = training.jobs(self.plan.job_id(self.server_round))
+        self.sampled = len(jobs)
+        limit = self.bounds.norm_limit(self.weights)
+        declared = [device.properties.get("images") for device, _ in jobs]
+        self.most_examples = self.bounds.examples_limit(n for n in declared if type(n) is int)
+        timeout = self.plan.timeout
+        deadline = time.monotonic() + timeout if timeout else None
+        grace = False  # the time in which those that are done hand over their updates
+        for device, job in jobs:
+            expected[device.cid] = (device, job)
+            self.fleet.start(device, job)
+        while expected.keys() - lost:
+            event = self.fleet.wait(deadline and max(0.0, deadline - time.monotonic()))
+            if event:
+                self.observe(event)
+            match event:
+                case Result(device, job) if expected.get(device.cid, (None, None))[1] is job:
+                    del expected[device.cid]
+                    self._take(event, training, limit)
+                    del event  # before the next one comes: it holds a device's update
+                case Left(device) if expected.get(device.cid, (None, None))[0] is device:
+                    lost.add(device.cid)
+                case Resumed(device, job) if expected.get(device.cid, (None, None))[1] is job:
+                    expected[device.cid] = (device, job)
+                    lost.discard(device.cid)
+                case Offered(device) if device.cid in expected:
+                    offered.add(device.cid)
+            if deadline and time.monotonic() >= deadline:
+                assert timeout
+                for cid in [c for c in expected if c not in lost and (grace or c not in offered)]:
+                    device, job = expected.pop(cid)
+                    self.fleet.abandon(device, job, patience=timeout)
+                    self._drop(device, f"no reply in {timeout:g} s")
+                deadline, grace = time.monotonic() + timeout, True
+        for device, job in expected.values():
+            self.fleet.abandon(device, job)
+            self._drop(device, LOST)
+
+    def _take(self, result: Result, training: "Training", limit: float) -> None:
+        """Count a result, or drop it with the reason."""
+        device, update, problem = result.device, result.update, result.problem
+        at_fault = result.at_fault
+        if update and update.norm > limit:
+            problem = (
+                f"its update has norm {update.norm:.3g}, above the limit of {limit:.3g}; "
+                "--max_update_norm sets another limit"
+            )
+            update, at_fault = None, True
+        if update is None:
+            device.failures += at_fault
+            self._drop(device, problem)
+            return
+        device.failures = 0
+        counted = min(update.num_examples, self.most_examples)
+        if counted < update.num_examples:
+            self.observe(Clipped(self.server_round, device, update.num_examples, counted))
+        training.add(device, update, counted)
+        self.counted.append(
+            Contribution(
+                device,
+                update.num_examples,
+                counted,
+                update.norm,
+                update.metrics,
+                result.seconds,
+                result.bytes_sent,
+                result.bytes_received,
+            )
+        )
+
+    def _drop(self, device: Device, reason: str) -> None:
+        self.dropped.append((device.name, reason))
+        self.reasons.append(reason)
+        self.avoided.add(device.cid)
+        self.observe(Dropped(self.server_round, device, reason))
+
+    def _check(self) -> None:
+        """Raise NoModel unless the updates that were added may become a model.
+
+        They are in the sum already: when one must not count, the others are asked for again.
+        """
+        if revoked := self.fleet.revoked([c.device for c in self.counted]):
+            for device in revoked:
+                self._drop(device, REVOKED)
+                self.excluded.add(device.cid)
+            raise NoModel(blameless=True)
+        if not self.counted and set(self.reasons) <= {LOST, REVOKED}:
+            raise NoModel(blameless=True)  # wait until they are back
+        if len(self.counted) < self.plan.min_replies:
+            raise NoModel()
+        norms = {c.device.cid: c.norm for c in self.counted}
+        if outliers := self.bounds.outliers(norms, self.weights):
+            for contribution in self.counted:
+                device = contribution.device
+                if device.cid in outliers:
+                    device.failures += 1
+                    self.excluded.add(device.cid)
+                    self._drop(
+                        device,
+                        f"its update has norm {contribution.norm:.3g}, out of proportion to the "
+                        f"others of this round",
+                    )
+            raise NoModel("the round is repeated without an update that is out of proportion")

@@ -1,0 +1,116 @@
+"""File descriptors: each connection takes one, and the run's own files must not go without.
+
+Connections meet a limit that is RESERVE below what the process may open; the difference is
+there for whoever writes a file:
+
+    with descriptors.reserve.released():
+        path.write_bytes(data)
+
+gRPC accepts connections until there is no descriptor left, and has no limit of its own.
+"""
+
+import contextlib
+import errno
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from federated.errors import FederationError
+
+RESERVE = 64
+OTHERS = 64  # a server's own files, and connections that are being made
+MOST = 1 << 16  # some systems name a limit of 2^30; a connection takes about 50 kB of memory
+PATIENCE_SECONDS = 30.0  # for strangers who took the reserve to be hung up on
+PAUSE_SECONDS = 0.1
+
+T = TypeVar("T")
+
+
+class Reserve:
+    """Descriptors of this process that connections cannot take, once `hold` was called."""
+
+    def __init__(self) -> None:
+        self.limit = 0  # of the process; 0 while nothing is held back
+        self._users = 0
+        self._lock = threading.Lock()
+
+    def hold(self) -> None:
+        """Raise the soft limit to the hard one, and hold RESERVE back."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        hard = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
+        try:
+            self._set(hard)
+            self.limit = hard
+        except (OSError, ValueError):  # macOS names a hard limit that it does not grant
+            self.limit = soft
+        self._set(self.limit - RESERVE)
+
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Let this process open RESERVE more files within the block, also in other threads."""
+        with self._lock:
+            self._users += 1
+            if self.limit:
+                self._set(self.limit)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self.limit and not self._users:
+                    self._set(self.limit - RESERVE)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call `function`, which opens files, with the reserve released.
+
+        A flood of connections may take the reserve in this instant. It is free again when they
+        are hung up on: until then the call is repeated, so that it must be fit for that.
+        """
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                with self.released():
+                    return function()
+            except OSError as error:
+                if error.errno != errno.EMFILE or time.monotonic() > deadline:
+                    raise
+            time.sleep(PAUSE_SECONDS)
+
+    @staticmethod
+    def _set(soft: int) -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+reserve = Reserve()
+
+
+def check(num_devices: int) -> None:
+    """Raise FederationError if this process cannot have a connection to so many devices."""
+    needed = num_devices + RESERVE + OTHERS
+    if reserve.limit and needed > reserve.limit:
+        raise FederationError(
+            f"{num_devices:,} devices need {needed:,} file descriptors, and this process may "
+            f"have {reserve.limit:,}; raise the limit first: ulimit -Hn {needed} as root, or "
+            f"LimitNOFILE={needed} in a systemd unit"
+        )
+
+
+def shortage() -> str | None:
+    """Return why no further connection can be accepted for now, or None."""
+    try:
+        os.close(os.dup(2))
+        return None
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    twice = 2 * (reserve.limit or limit)
+    return (
+        f"all {limit:,} file descriptors that connections may take are in use; for more devices "
+        f"raise the limit to {twice:,} (ulimit -Hn {twice} as root), against strangers use a "
+        "firewall: docs/security.md"
+    )

@@ -1,0 +1,151 @@
+"""What the server does with a device's bytes, for fuzzers: `check` raises if any does harm.
+
+The first byte of an input chooses a target. Most take the rest as a message just as it came.
+A few put it deeper into one, where changed bytes would seldom pass the lengths around them.
+"""
+
+import io
+import json
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from cryptography import x509
+
+from federated.errors import BadReply, FederationError
+from federated.updates import MAX_EXAMPLES, check_update, clean_metrics
+from plumbing.addresses import check_cid
+from plumbing.security import keys
+from plumbing.security.gate import read_certificate, read_enrolment
+from plumbing.security.identity import ENROL_REQUEST
+from plumbing.stream import wire
+from plumbing.stream.stream_pb2 import ClientMessage
+
+MODEL = [np.arange(6, dtype=np.float32).reshape(2, 3), np.float32([0.5, -0.5]), np.array(7)]
+NAMES = ["a", "b", "steps"]
+GOOD = wire.encode_fit_reply([array + array.dtype.type(1) for array in MODEL], 10, {"loss": 1.5})
+TOKEN = str(keys.Token(bytes(keys.SECRET_BYTES), "00" * 32))
+MODEL_BYTES = [array.tobytes() for array in MODEL]
+
+
+def check(data: bytes) -> None:
+    """Read `data` as the server would.
+
+    Raises:
+        Exception: other than BadReply (FederationError for enrolments) was raised for it; or
+            it changed the model, or was taken for another update than it is.
+    """
+    target = TARGETS.get(data[:1])
+    if not target:
+        return
+    refusal = FederationError if target in ENROLMENT else BadReply
+    try:
+        target(data[1:])
+    except refusal as error:
+        assert str(error).isprintable(), f"a reason that is not one line: {error!r}"
+        assert len(str(error)) < 1000, f"a reason of {len(str(error))} characters"
+    assert [array.tobytes() for array in MODEL] == MODEL_BYTES, "the model was changed"
+
+
+def greeting(data: bytes) -> None:
+    properties = wire.decode_properties_reply(data)
+    if properties is None:
+        return
+    json.dumps(clean_metrics(properties), allow_nan=False)
+    try:
+        check_cid(str(properties.get("cid")))
+    except FederationError as error:
+        raise BadReply(str(error)) from None
+
+
+def fit(data: bytes) -> None:
+    """A fit reply: an offer, or with the weights in it."""
+    update, num_examples, metrics = wire.decode_fit_reply(data)
+    json.dumps(clean_metrics(metrics), allow_nan=False)
+    check_update(update, num_examples, MODEL, NAMES, max_norm=1e6)
+    reply = ClientMessage.FromString(data).fit_res
+    assert num_examples == reply.num_examples <= MAX_EXAMPLES
+    assert_same(update, reply.parameters.tensors)
+
+
+def pieces(data: bytes) -> None:
+    """A parameters reply, after an offer."""
+    update = wire.decode_parameters_reply(data)
+    check_update(update, 10, MODEL, NAMES, max_norm=1e6)
+    assert_same(update, ClientMessage.FromString(data).get_parameters_res.parameters.tensors)
+
+
+def anything(data: bytes) -> None:
+    """A reply to another question, an evaluate reply say: no decoder takes it."""
+    for decode in (greeting, fit, pieces):
+        try:
+            decode(data)
+        except BadReply as error:
+            refusal = error
+        else:
+            return
+    raise refusal
+
+
+def array(data: bytes) -> None:
+    """The header of an array up to a line feed, and its content, in a fit reply."""
+    header, _, content = data.partition(b"\n")
+    size = (len(header) + 1) & 0xFFFF
+    npy = b"\x93NUMPY\1\0" + size.to_bytes(2, "little") + header + b"\n" + content
+    message = ClientMessage()
+    message.fit_res.num_examples = 10
+    message.fit_res.parameters.tensors.extend([npy, *map(wire.pack_array, MODEL[1:])])
+    fit(message.SerializeToString())
+
+
+def metrics(data: bytes) -> None:
+    """More fields of a fit reply with good weights: protobuf merges what comes in parts."""
+    size = min(len(data), 0x3FFF)
+    field = bytes([ClientMessage.FIT_RES_FIELD_NUMBER << 3 | 2, size & 0x7F | 0x80, size >> 7])
+    fit(GOOD + field + data[:size])
+
+
+def enrolment(data: bytes) -> None:
+    read_enrolment([(ENROL_REQUEST, data)])
+
+
+def signing_request(data: bytes) -> None:
+    """The signing request in an enrolment that is good otherwise."""
+    request = {"cid": "0", "token": TOKEN, "csr": data.decode("latin-1")}
+    _, token, csr = read_enrolment([(ENROL_REQUEST, json.dumps(request).encode())])
+    assert str(token) == TOKEN
+    assert keys.key_hash(csr)
+
+
+def certificate(data: bytes) -> None:
+    """What a device shows on every call, hello and renew among them."""
+    cid, key_hash = read_certificate(data, authority())
+    assert (cid, key_hash) == (keys.common_name(authority()), keys.key_hash(authority()))
+
+
+@cache
+def authority() -> x509.Certificate:
+    return x509.load_pem_x509_certificate(keys.nobody()[1])
+
+
+def assert_same(update: list[np.ndarray], tensors: list[bytes]) -> None:
+    """Compare what counts as an update with what protobuf and NumPy read."""
+    for ours, data in zip(update, tensors, strict=True):
+        theirs = np.load(io.BytesIO(data), allow_pickle=False)
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        np.testing.assert_array_equal(ours, theirs)
+        assert np.isfinite(ours).all()
+
+
+TARGETS: dict[bytes, Callable[[bytes], None]] = {
+    b"g": greeting,
+    b"f": fit,
+    b"p": pieces,
+    b"e": anything,
+    b"a": array,
+    b"m": metrics,
+    b"j": enrolment,
+    b"s": signing_request,
+    b"c": certificate,
+}
+ENROLMENT = {enrolment, signing_request, certificate}

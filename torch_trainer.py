@@ -1,0 +1,196 @@
+"""The Trainer of client.py for the models and data of utils.py."""
+
+import os
+import sys
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import utils
+from federated.errors import FederationError
+from federated.partitions import parse_partition, partition
+from federated.settings import Settings
+from plumbing.board import available_memory
+
+
+class TorchTrainer:
+    """Trains a model of utils.py on this device's images.
+
+    Raises:
+        FederationError: no such model, or no usable images in `data_dir`.
+    """
+
+    lr = utils.LR
+
+    def __init__(
+        self, cid: str, model: str, data_dir: str | Path, device: str, download: bool = False
+    ) -> None:
+        self.cid = cid
+        self.model = model
+        self.data_dir = data_dir
+        self.device = device
+        # All the images at first, then this device's part of them.
+        self.data = utils.load_data(data_dir, "train", utils.image_size(model), download=download)
+        self.all_images = len(self.data)
+        self.cut: tuple[str, int, int] | None = None  # which part: scheme, number of parts, seed
+        self.testset: utils.ImageSet | None = None  # loaded when a server asks for `evaluate`
+        self.classes = self.data.classes
+        self.net = utils.build_model(model, len(self.classes))
+        self.names = list(self.net.state_dict())
+        self.checked_batch_size = 0  # the largest that was found to fit into memory
+
+    def describe(self) -> str:
+        return f"{self.model} on {self.device}, {len(self.data):,} {self.data.source}"
+
+    def prepare(self, settings: Settings) -> tuple[int, str]:
+        """Keep the images that these settings give to this device; return how many, in words too.
+
+        Raises:
+            FederationError: it cannot train with these settings.
+        """
+        self._cut_data(settings)
+        utils.TrainLoader(self.data, settings.batch_size)
+        self._check_memory(settings.batch_size)
+        kind = self.data.source if self.data.everywhere else "images"
+        if len(self.data) == self.all_images:
+            return len(self.data), f"{len(self.data):,} {kind}, all of them"
+        part = f"part {self.cid} of {settings.num_partitions}"
+        return len(self.data), f"{len(self.data):,} of {self.all_images:,} {kind} ({part})"
+
+    def get_weights(self) -> dict[str, np.ndarray]:
+        return utils.get_weights(self.net)
+
+    def fit(
+        self, weights: Mapping[str, np.ndarray], settings: Settings
+    ) -> tuple[dict[str, np.ndarray], int, dict[str, Any]]:
+        """Train from `weights` on; return the new ones, how many images were used, and metrics."""
+        self._cut_data(settings)
+        # Another order of images in each round and on each device, the same in a rerun.
+        seed = zlib.crc32(f"{settings.seed} {self.cid} {settings.server_round}".encode())
+        trainloader = utils.TrainLoader(self.data, settings.batch_size, seed, self.device)
+        utils.set_weights(self.net, weights)
+        torch.manual_seed(seed)  # for models with dropout
+        show = ProgressBar()
+
+        def before_step(progress: utils.Progress) -> float | None:
+            show(progress)
+            return progress.seconds / settings.round_seconds if settings.round_seconds else None
+
+        trained = utils.train(
+            self.net, trainloader, settings, self.device, before_step, log=show.print
+        )
+        metrics = {
+            "loss": trained.loss,
+            "steps": trained.steps,
+            "images_per_second": trained.steps * settings.batch_size / trained.seconds,
+        }
+        return utils.get_weights(self.net), trained.num_examples, metrics
+
+    def evaluate(self, weights: Mapping[str, np.ndarray]) -> tuple[float, int, dict[str, Any]]:
+        """Return loss, number of images and metrics of `weights` on this device's test images."""
+        if self.testset is None:
+            try:
+                size = utils.image_size(self.model)
+                self.testset = utils.load_data(self.data_dir, "test", size)
+            except FederationError as error:
+                print(f"Client {self.cid}: evaluates on its training images ({error})")
+                self.testset = self.data
+        utils.set_weights(self.net, weights)
+        result = utils.test(self.net, self.testset, self.device)
+        return result.loss, len(self.testset), {"accuracy": result.accuracy}
+
+    def _cut_data(self, settings: Settings) -> None:
+        """Keep this device's part of the images, and free the others."""
+        scheme = settings.partition
+        if parse_partition(scheme)[0] == "auto":
+            scheme = "iid" if self.data.everywhere else "none"
+        cut = (scheme, settings.num_partitions, settings.seed)
+        if self.cut == cut:
+            return
+        if self.cut and len(self.data) != self.all_images:  # another server, or other flags
+            size = utils.image_size(self.model)
+            self.data, self.cut = utils.load_data(self.data_dir, "train", size), None
+            self.all_images = len(self.data)
+        if scheme != "none":
+            if self.cid not in map(str, range(settings.num_partitions)):
+                raise FederationError(
+                    f"--cid {self.cid} is none of the server's {settings.num_partitions} "
+                    f"partitions (0 to {settings.num_partitions - 1}); give each device its own, "
+                    "or start the server with --partition none"
+                )
+            labels = self.data.labels.numpy()
+            parts = partition(labels, settings.num_partitions, scheme, settings.seed)
+            self.data = self.data.subset(parts[int(self.cid)])
+        self.cut = cut
+
+    def _check_memory(self, batch_size: int) -> None:
+        """Warn of training that will swap.
+
+        Raises:
+            FederationError: it takes more than RAM and swap have.
+        """
+        if batch_size <= self.checked_batch_size:  # a device that reconnects has its memory already
+            return
+        needed = utils.training_bytes(self.net, self.data, batch_size, self.device)
+        ram, swap = available_memory()
+        problem = (
+            f"training {self.model} in batches of {batch_size} takes about {needed / 1e6:,.0f} MB "
+            f"more, and this device has {ram / 1e6:,.0f} MB of RAM and {swap / 1e6:,.0f} MB of "
+            "swap free"
+        )
+        advice = "start the server with a smaller --batch_size or another --model"
+        if needed > ram + swap:
+            raise FederationError(f"{problem}; {advice}, or add swap here")
+        if needed > ram:
+            print(
+                f"Client {self.cid}: warning: {problem}, so it will swap and be slow; {advice}",
+                file=sys.stderr,
+            )
+        self.checked_batch_size = batch_size
+
+
+class ProgressBar:
+    """A line on a terminal that tells how far the training is; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self.shown = 0.0
+        self.on_terminal = sys.stdout.isatty()
+
+    def __call__(self, progress: utils.Progress) -> None:
+        if self.on_terminal and progress.seconds - self.shown > 0.3:
+            self.shown = progress.seconds
+            line = f"{progress.step}/{progress.steps} batches  loss {progress.loss:.3f}"
+            print(f"\r{line}\033[K", end="", flush=True)
+
+    def print(self, line: str) -> None:
+        """Print a whole line in place of the bar."""
+        print(f"\r\033[K{line}" if self.on_terminal else line)
+
+
+def choose_device(wanted: str) -> str:
+    """Return "cpu" or "cuda" for --device.
+
+    A GPU counts once it has multiplied two matrices: a torch that was built for other GPUs
+    says that it is available all the same, and fails at the first kernel.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    problem = "torch finds no CUDA GPU here"
+    if torch.cuda.is_available():
+        try:
+            ones = torch.ones(64, 64, device="cuda")
+            if (ones @ ones == 64).all().item():
+                return "cuda"
+            problem = "the GPU multiplies wrongly"
+        except RuntimeError as error:
+            problem = f"the GPU fails at a matrix product ({str(error).splitlines()[0]})"
+    if wanted == "cuda":
+        raise FederationError(f"--device cuda: {problem}; choose auto or cpu")
+    # Where nobody expects a GPU there is nothing to report; NVIDIA's images set this variable.
+    if torch.cuda.is_available() or os.environ.get("NVIDIA_VISIBLE_DEVICES"):
+        print(f"{problem}; training on the CPU")
+    return "cpu"
