@@ -143,7 +143,7 @@ def test_wrong_argument_ends_all_with_the_servers_line(launch, tmp_path):
         "--min_sample_size=1",
     )  # fmt: skip
     assert run.finish() == 1
-    assert "server   | server.py: --lr -1.0 is not above 0" in run.output
+    assert "server   | server.py: --lr -1 is not above 0" in run.output
     assert_nothing_left(run)
 
 
