@@ -25,6 +25,7 @@ import numpy as np
 
 from federated.errors import FederationError
 from federated.settings import Settings
+from federated.updates import fingerprint
 from plumbing.addresses import check_cid, parse_address
 from plumbing.board import Telemetry, describe_board
 from plumbing.security.identity import open_identity
@@ -42,6 +43,7 @@ class Trainer(Protocol):
     classes: list[str]
     device: str  # the processor that it trains on
     lr: float  # where a server, such as a stock Flower one, gives none
+    source: str  # the SHA-256 of the code that trains; the server compares it with its own
 
     def describe(self) -> str:
         """Return a line on the model, the processor and the data."""
@@ -80,6 +82,8 @@ class Client:
             "cid": self.cid,
             "model": self.trainer.model,
             "classes": json.dumps(self.trainer.classes),
+            "weights": fingerprint(self.trainer.get_weights()),
+            "source": self.trainer.source,
             "device": self.trainer.device,
             **describe_board(),
         }

@@ -41,7 +41,7 @@ from federated.partitions import parse_partition
 from federated.rounds import Observed, Observer, Plan, Step, synchronous
 from federated.settings import RunSettings
 from federated.strategies import Strategy, make_strategy, state_of_version_1
-from federated.updates import Bounds, Weights
+from federated.updates import Bounds, Weights, fingerprint
 from plumbing import descriptors
 from plumbing.addresses import listening_addresses, parse_address
 from plumbing.checkpoints import load_checkpoint, load_weights
@@ -141,7 +141,9 @@ def open_gate(args: argparse.Namespace) -> Gate | None:
     return Gate(directory, partial(local_names, args.server_address, more_names))
 
 
-def objection_to(properties: Mapping[str, Any], model: str, classes: Sequence[str]) -> str | None:
+def objection_to(
+    properties: Mapping[str, Any], model: str, classes: Sequence[str], weights: str
+) -> str | None:
     """Return why a device that reports this of itself must not take part, or None."""
     if properties.get("model") != model:
         return (
@@ -152,6 +154,11 @@ def objection_to(properties: Mapping[str, Any], model: str, classes: Sequence[st
         return (
             f"its classes are {shortened(properties.get('classes'))}, the server's are "
             f"{shortened(json.dumps(list(classes)))}; give both the same class folders"
+        )
+    if properties.get("weights", weights) != weights:
+        return (
+            f"its {model} has {shortened(properties['weights'])}, the server's {weights}; "
+            "give both the same utils.py"
         )
     problem = properties.get("problem")
     return None if problem is None else str(problem)
@@ -304,13 +311,23 @@ def run(settings: RunSettings, args: argparse.Namespace) -> None:
         fleet = StreamFleet(
             args.server_address,
             greeting=settings.for_round(1).to_config(),
-            admit=partial(objection_to, model=settings.model, classes=task.testset.classes),
+            admit=partial(
+                objection_to,
+                model=settings.model,
+                classes=task.testset.classes,
+                weights=fingerprint(start.weights),
+            ),
             model_bytes=model_bytes,
             gate=gate,
             stock_address=args.unauthenticated_address,
         )
         print_who_may_join(fleet)
-        console = Console(fleet.address, settings.rounds, task.testset.source)
+        console = Console(
+            fleet.address,
+            settings.rounds,
+            task.testset.source,
+            directory.config["utils_sha256"],
+        )
         observers = (console, directory.observe)
 
         def observe(event: Observed | Step) -> None:
