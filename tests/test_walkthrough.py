@@ -277,8 +277,8 @@ def test_other_code_under_the_same_name_is_refused_or_named(start_server, launch
 
     same_form = client_with("pass")
     server.wait_for(
-        r"warning: device 1 trains with another utils.py \(sha256:c0ffeec0ffee\) than this server's "
-        r"\(sha256:\w{12}\)"
+        r"warning: device 1 trains with another utils.py \(sha256:c0ffeec0ffee\) "
+        r"than this server's \(sha256:\w{12}\)"
     )
     start_client(address, 0)
     assert (server.finish(), same_form.finish()) == (0, 0)

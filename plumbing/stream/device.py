@@ -20,6 +20,7 @@ import numpy as np
 
 from federated.errors import FederationError, NotYet, Refused
 from plumbing.addresses import UnknownHost, resolve
+from plumbing.security.complaints import bounded
 from plumbing.security.identity import NO_PROXY, Identity, explain
 from plumbing.stream import wire
 
@@ -183,6 +184,9 @@ class _Worker:
     def _answer(self, request: wire.Request) -> bytes:
         round_id = str(request.config.get(wire.ROUND_ID, ""))
         if request.kind == "get_properties":
+            if note := request.config.get(wire.NOTE):
+                logger.info(bounded(str(note)))
+                return wire.encode_properties_reply({})
             properties = self.client.get_properties(request.config)
             held = {wire.ROUND_ID: self.round_id} if self.round_id else {}
             own = {wire.PIECES: True, wire.VERSION: wire.PROTOCOL}

@@ -49,6 +49,9 @@ PIECES = "pieces"  # among its properties: this device takes a fit in pieces
 MORE = "more"  # in a fit's config: another piece follows, do not answer yet
 FIRST, COUNT = "first", "count"  # in the config of get_parameters: which arrays; else all
 
+# In the config of a get_properties: a line for the device's screen. Its answer is not read.
+NOTE = "note"
+
 # Raised when one end of another version would misunderstand the other. In a device's
 # properties and in the answer to Hello; absent it is 1.
 PROTOCOL = 2
