@@ -412,6 +412,8 @@ class _Round:
         """
         shown: Waiting | None = None
         while True:
+            while event := self.fleet.wait(0):  # since the last round, or with its last result
+                self.observe(event)
             devices = self.fleet.devices.values()
             states = [d.state for d in devices if d.cid not in self.excluded]
             able = len(states) - states.count("left out")

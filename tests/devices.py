@@ -6,6 +6,7 @@ import io
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from federated.errors import BadReply
 from federated.rounds import Device, Event, Fleet, Job, Joined, Offered, Result
 from federated.updates import Weights, make_update
 from plumbing.report import Console
+from plumbing.stream.device import serve
 
 Reply = Callable[[Job], "tuple[Weights, int] | BadReply | None"]
 
@@ -85,6 +87,35 @@ class MemoryFleet(Fleet):
         return None
 
 
+class Adder:
+    """A client for plumbing.stream.device.serve that adds `step` to each weight.
+
+    Args:
+        num_examples: how many images it claims to have seen.
+    """
+
+    def __init__(self, cid: str, step: float = 1.0, num_examples: int = 10) -> None:
+        self.cid = cid
+        self.step = step
+        self.num_examples = num_examples
+        self.connections = 0
+
+    def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {"cid": self.cid, "greeted_with": config["seed"]}
+
+    def fit(
+        self, parameters: list[np.ndarray], config: dict[str, Any]
+    ) -> tuple[list[np.ndarray], int, dict[str, Any]]:
+        trained = [np.asarray(p + self.step, p.dtype) for p in parameters]
+        return trained, self.num_examples, {"proximal_mu": config.get("proximal_mu", -1.0)}
+
+    def serve(self, address: str, max_wait_seconds: float | None = 20) -> None:
+        def count(state: str) -> None:
+            self.connections += state.startswith("connected")
+
+        serve(address, self, count, max_wait_seconds)
+
+
 class Recorder:
     """Takes a fleet's events as a schedule does, and keeps them."""
 
@@ -100,6 +131,11 @@ class Recorder:
             assert left > 0, f"not within {seconds} s; so far: {self.lines()}"
             if event := self.fleet.wait(min(left, 0.05)):
                 self.events.append(event)
+
+    def drain(self) -> None:
+        """Take the events that are there already."""
+        while event := self.fleet.wait(0):
+            self.events.append(event)
 
     def wait_for(self, count: int, seconds: float = 20) -> list[Device]:
         """Take events until so many devices are connected; return them by name."""
