@@ -10,11 +10,24 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from federated.errors import BadReply
-from federated.rounds import Device, Event, Fleet, Job, Joined, Offered, Result
+from federated.rounds import (
+    LOST,
+    Device,
+    Event,
+    Fleet,
+    Freed,
+    Job,
+    Joined,
+    Left,
+    Offered,
+    Result,
+    Resumed,
+)
 from federated.updates import Weights, make_update
 from plumbing.report import Console
 
-Reply = Callable[[Job], "tuple[Weights, int] | BadReply | None"]
+Answer = tuple[Weights, int] | BadReply | None  # None: nothing yet
+Reply = Callable[[Job], Answer]
 
 
 def adding(number: float, num_examples: int = 10) -> Reply:
@@ -27,6 +40,12 @@ def adding(number: float, num_examples: int = 10) -> Reply:
 
 def silent(job: Job) -> None:
     """Never answer."""
+
+
+def in_turn(*replies: Reply) -> Reply:
+    """Return the answers of one reply after the other; the last one's from then on."""
+    left = list(replies)
+    return lambda job: (left.pop(0) if len(left) > 1 else left[0])(job)
 
 
 @dataclass
@@ -57,9 +76,21 @@ class MemoryFleet(Fleet):
     def revoked(self, devices: Iterable[Device]) -> list[Device]:
         return [device for device in devices if device.cid in self.revoked_cids]
 
-    def _start(self, device: Device, job: Job) -> None:
-        self.asked.append((device.cid, job))
-        answer = self.replies[device.cid](job)
+    def leave(self, cid: str, reason: str = LOST) -> None:
+        self.events.append(Left(self.devices[cid], reason))
+
+    def come_back(self, cid: str, job: Job) -> None:
+        """Join again with a job that was lost, and give what was trained."""
+        device = self.join(cid)
+        self.events.append(Resumed(device, job))
+        self.give(device, job, self.replies[cid](job))
+
+    def free(self, cid: str) -> None:
+        """End a job that nobody waits for any more."""
+        self.events.append(Freed(self.devices[cid]))
+
+    def give(self, device: Device, job: Job, answer: Answer) -> None:
+        """Let the schedule have a device's answer to a job."""
         if answer is None:
             return
         self.events.append(Offered(device, job))
@@ -74,6 +105,10 @@ class MemoryFleet(Fleet):
             return
         self.events.append(Result(device, job, update, seconds=1.0))
 
+    def _start(self, device: Device, job: Job) -> None:
+        self.asked.append((device.cid, job))
+        self.give(device, job, self.replies[device.cid](job))
+
     def _abandon(self, device: Device, job: Job, patience: float | None) -> None:
         self.abandoned.append(device.cid)
 
@@ -82,6 +117,7 @@ class MemoryFleet(Fleet):
             return self.events.popleft()
         if timeout is None:
             raise AssertionError("the schedule waits for what never comes")
+        time.sleep(timeout)
         return None
 
 
