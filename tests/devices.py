@@ -31,9 +31,12 @@ Reply = Callable[[Job], Answer]
 
 
 def adding(number: float, num_examples: int = 10) -> Reply:
-    """Return a device's answer to a job: it adds a number to every weight."""
+    """Return a device's answer to a job: it adds a number to every float, 1 to a counter."""
     return lambda job: (
-        {name: array + array.dtype.type(number) for name, array in job.model.items()},
+        {
+            name: array + array.dtype.type(number if array.dtype.kind == "f" else 1)
+            for name, array in job.model.items()
+        },
         num_examples,
     )
 
@@ -76,6 +79,11 @@ class MemoryFleet(Fleet):
     def revoked(self, devices: Iterable[Device]) -> list[Device]:
         return [device for device in devices if device.cid in self.revoked_cids]
 
+    def settle(self) -> None:
+        """Take all events now."""
+        while self.events:
+            self.wait()
+
     def leave(self, cid: str, reason: str = LOST) -> None:
         self.events.append(Left(self.devices[cid], reason))
 
@@ -99,7 +107,7 @@ class MemoryFleet(Fleet):
             return
         weights, num_examples = answer
         try:
-            update = make_update(iter(weights.values()), job.model, num_examples)
+            update = make_update(weights.values(), job.model, num_examples, {"loss": 1.0})
         except BadReply as error:
             self.events.append(Result(device, job, None, str(error), at_fault=True))
             return
