@@ -14,6 +14,7 @@ import utils
 from federated.errors import FederationError
 from federated.partitions import parse_partition, partition
 from federated.settings import Settings
+from plumbing.board import available_memory
 
 
 class TorchTrainer:
@@ -40,6 +41,7 @@ class TorchTrainer:
         self.classes = self.data.classes
         self.net = utils.build_model(model, len(self.classes))
         self.names = list(self.net.state_dict())
+        self.checked_batch_size = 0  # the largest that was found to fit into memory
 
     def describe(self) -> str:
         return f"{self.model} on {self.device}, {len(self.data):,} {self.data.source}"
@@ -52,6 +54,7 @@ class TorchTrainer:
         """
         self._cut_data(settings)
         utils.TrainLoader(self.data, settings.batch_size)
+        self._check_memory(settings.batch_size)
         kind = self.data.source if self.data.everywhere else "images"
         if len(self.data) == self.all_images:
             return len(self.data), f"{len(self.data):,} {kind}, all of them"
@@ -123,6 +126,31 @@ class TorchTrainer:
             parts = partition(labels, settings.num_partitions, scheme, settings.seed)
             self.data = self.data.subset(parts[int(self.cid)])
         self.cut = cut
+
+    def _check_memory(self, batch_size: int) -> None:
+        """Warn of training that will swap.
+
+        Raises:
+            FederationError: it takes more than RAM and swap have.
+        """
+        if batch_size <= self.checked_batch_size:  # a device that reconnects has its memory already
+            return
+        needed = utils.training_bytes(self.net, self.data, batch_size, self.device)
+        ram, swap = available_memory()
+        problem = (
+            f"training {self.model} in batches of {batch_size} takes about {needed / 1e6:,.0f} MB "
+            f"more, and this device has {ram / 1e6:,.0f} MB of RAM and {swap / 1e6:,.0f} MB of "
+            "swap free"
+        )
+        advice = "start the server with a smaller --batch_size or another --model"
+        if needed > ram + swap:
+            raise FederationError(f"{problem}; {advice}, or add swap here")
+        if needed > ram:
+            print(
+                f"Client {self.cid}: warning: {problem}, so it will swap and be slow; {advice}",
+                file=sys.stderr,
+            )
+        self.checked_batch_size = batch_size
 
 
 class ProgressBar:
