@@ -569,9 +569,6 @@ class Progress(NamedTuple):
     seconds: float  # since the training began
 
 
-WEIGHTS, ACTIVATIONS, REST = 6, 1.3, 20e6  # see `training_bytes`
-
-
 @dataclass(frozen=True)
 class Training:
     """What local training did."""
@@ -644,38 +641,6 @@ def train(
         steps=step,
         seconds=time.perf_counter() - began,
     )
-
-
-def training_bytes(net: nn.Module, data: ImageSet, batch_size: int, device: str = "cpu") -> int:
-    """Estimate the memory that a device's first round of training takes beyond the present.
-
-    What autograd saves for the backward pass is counted for two images; it grows with the batch.
-    Three factors are fitted to peaks of `client.py` on x86-64 (not measured on Arm): ACTIVATIONS
-    covers gradients and workspaces beside what is saved, WEIGHTS the flattened weights, gradients,
-    velocities and the weights received and sent, REST the code and buffers of the first step.
-    With batches of 32, the estimate and the real increase of the resident memory were, in MB:
-    Net 24 and 12, PiNet 25 and 13, ResNet18 484 and 463.
-    """
-    net.to(device).train()
-    buffers = [b.clone() for b in net.buffers()]  # BatchNorm's statistics, which the pass moves
-    images = normalise(data.images[:2].to(device))
-    own = {t.untyped_storage().data_ptr() for t in net.state_dict().values()}
-    saved: dict[int, int] = {}
-
-    def count(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()  # which several saved tensors may share
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        output = net(images)
-    activations = sum(saved.values()) * batch_size / len(images)
-    del output  # the graph kept the storages alive, so that no two had one address
-    for buffer, before in zip(net.buffers(), buffers, strict=True):
-        buffer.copy_(before)
-    weights = sum(t.nbytes for t in net.state_dict().values())
-    return int(WEIGHTS * weights + ACTIVATIONS * activations + REST)
 
 
 @dataclass(frozen=True)
