@@ -336,7 +336,8 @@ class Training:
             if "loss" in shown:
                 metrics["train_loss"] = update.metrics["loss"]  # as QFedAvg calls it
             metrics["num-examples"] = weight
-            replies.append(_reply(self.requests[device], self._moved(update.delta.items()), metrics))
+            moved = self._moved(update.delta.items())
+            replies.append(_reply(self.requests[device], moved, metrics))
         return replies
 
 
