@@ -54,7 +54,13 @@ class Fleet:
     def greeting(self, cid: str) -> bytes:
         said = {"cid": cid, "model": self.model, "classes": self.classes}
         return wire.encode_properties_reply(
-            {**said, "board": "simulated", "images": 100, wire.PIECES: True}
+            {
+                **said,
+                "board": "simulated",
+                "images": 100,
+                wire.PIECES: True,
+                wire.VERSION: wire.PROTOCOL,
+            }
         )
 
     def mishap(self, cid: str, server_round: int) -> str:

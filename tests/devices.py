@@ -6,6 +6,7 @@ import io
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from federated.rounds import (
 )
 from federated.updates import Weights, make_update
 from plumbing.report import Console
+from plumbing.security.identity import Identity
+from plumbing.stream import device as transport
+from plumbing.stream import wire
 
 Answer = tuple[Weights, int] | BadReply | None  # None: nothing yet
 Reply = Callable[[Job], Answer]
@@ -127,6 +131,42 @@ class MemoryFleet(Fleet):
             raise AssertionError("the schedule waits for what never comes")
         time.sleep(timeout)
         return None
+
+
+def greeting(cid: str, **properties: object) -> dict[str, Any]:
+    """Return what a device reports of itself, where a test speaks the stream by hand."""
+    return {"cid": cid, wire.VERSION: wire.PROTOCOL, **properties}
+
+
+class Adder:
+    """What a device answers on the stream: it adds `step` to each weight."""
+
+    def __init__(self, cid: str, step: float = 1.0, num_examples: int = 10) -> None:
+        self.cid = cid
+        self.step = step
+        self.num_examples = num_examples
+        self.connections = 0
+
+    def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {"cid": self.cid, "greeted_with": config.get("seed", -1)}
+
+    def fit(
+        self, parameters: list[np.ndarray], config: dict[str, Any]
+    ) -> tuple[list[np.ndarray], int, dict[str, Any]]:
+        return [np.asarray(p + self.step, p.dtype) for p in parameters], self.num_examples, {}
+
+    def serve(
+        self,
+        address: str,
+        max_wait_seconds: float | None = 20,
+        identity: Identity | None = None,
+    ) -> None:
+        """Be a device in this thread, until the run is over."""
+
+        def note(state: str) -> None:
+            self.connections += state.startswith("connected")
+
+        transport.serve(address, self, note, max_wait_seconds, identity=identity)
 
 
 class Recorder:
