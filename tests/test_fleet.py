@@ -61,7 +61,7 @@ def join() -> Iterator[Callable[..., threading.Thread]]:
 
 
 def fit_request(config=None) -> bytes:
-    return wire.encode_fit([wire.pack_array(w) for w in WEIGHTS], config or {})
+    return wire.encode_fit(WEIGHTS, config or {})
 
 
 def test_devices_join_train_and_end_with_the_run(open_fleet, join, told):

@@ -164,6 +164,27 @@ class Door(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(guarded)
 
 
+class Places:
+    """Bounds how many devices enrol at a time, in all and from one address."""
+
+    def __init__(self) -> None:
+        self.taken: Counter[str] = Counter()  # by address
+
+    @contextlib.contextmanager
+    def take(self, address: str) -> Iterator[bool]:
+        """Take a place; False if there is none left."""
+        where = _neighbourhood(address)
+        if self.taken.total() >= WAITING or self.taken[where] >= WAITING_EACH:
+            yield False
+            return
+        self.taken[where] += 1
+        try:
+            yield True
+        finally:
+            self.taken[where] -= 1
+            self.taken = +self.taken  # without those at 0
+
+
 class Gate:
     """TLS and admission for a Fleet.
 
@@ -191,7 +212,7 @@ class Gate:
         self.names = names
         self.report = report
         self._open_address = False  # whether there is one for stock clients
-        self._waiting: Counter[str] = Counter()  # enrolments by address
+        self.places = Places()
         self.refusals = Refusals(lambda line: self.report(line))
         self._problem_reported = -PROBLEM_SECONDS
         # Apart, so that devices get in while another program keeps the list from being written.
@@ -259,8 +280,8 @@ class Gate:
         somebody unknown no message is read.
         """
         address = peer_address(context)
-        with self._wait_for(address) as may_wait:
-            if not may_wait:
+        with self.places.take(address) as taken:
+            if not taken:
                 self.refusals.add(address, "too many enrolments at a time")
                 await context.abort(grpc.StatusCode.ABORTED, "too many enrol at a time, try later")
             try:
@@ -291,6 +312,7 @@ class Gate:
         public_key = keys.p256_key(x509.load_pem_x509_certificate(pem))
         await context.write(self.authority.sign_device(peer.cid, public_key))
 
+<<<<<<< HEAD
     @contextlib.contextmanager
     def _wait_for(self, address: str) -> Iterator[bool]:
         """Take a place among those that enrol; False if there is none left."""
@@ -306,6 +328,9 @@ class Gate:
             self._waiting = +self._waiting  # without those at 0
 
     def _report_problem(self, error: ListProblem) -> None:
+=======
+    def _tell_problem(self, error: ListProblem) -> None:
+>>>>>>> main
         """Report that the list cannot be used, every PROBLEM_SECONDS at most."""
         if time.monotonic() >= self._problem_reported + PROBLEM_SECONDS:
             self._problem_reported = time.monotonic()

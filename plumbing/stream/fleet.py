@@ -136,9 +136,8 @@ class StreamFleet(Fleet):
 
     def _start(self, device: Device, job: Job) -> None:
         if job not in self._requests:
-            tensors = wire.Packed(list(job.model.values()))
             config = {**job.config, wire.ROUND_ID: job.id}
-            self._requests[job] = wire.FitRequest(tensors, config)
+            self._requests[job] = wire.FitRequest(list(job.model.values()), config)
         self._loop.call_soon_threadsafe(self._give, Work(device, job, self._requests[job]))
 
     def _abandon(self, device: Device, job: Job, patience: float | None) -> None:
