@@ -308,7 +308,7 @@ def synchronous(
 
 
 class NoModel(Exception):
-    """An attempt brings no new model; the message says why, if that is not known already."""
+    """An attempt brings no new model; the message gives the reason if it is not known already."""
 
     def __init__(self, reason: str = "", blameless: bool = False) -> None:
         super().__init__(reason)
