@@ -74,6 +74,39 @@ def resolve(address: str) -> list[tuple[str, int]]:
     return list(dict.fromkeys((str(info[4][0]), port) for info in found))
 
 
+def connected(address: str, seconds: float) -> socket.socket:
+    """Return a connection to the first address of HOST:PORT that takes one, as gRPC does."""
+    addresses = resolve(address)
+    for i, numeric in enumerate(addresses):
+        try:
+            return socket.create_connection(numeric, timeout=seconds)
+        except OSError:
+            if i == len(addresses) - 1:
+                raise
+    raise AssertionError("resolve returns addresses or raises")
+
+
+def other_service(address: str, seconds: float) -> str:
+    """Return what listens at `address`, or "" if it is not known to be something else.
+
+    It is asked as a browser would ask. An SSH server speaks first, a web server answers, and
+    gRPC's answer is of bytes that are no text.
+    """
+    try:
+        with connected(address, seconds) as probe:
+            probe.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            answer = probe.recv(200)
+    except OSError:
+        return ""
+    line = answer.partition(b"\n")[0].strip().decode("ascii", "replace")
+    if not line or not line.isprintable() or "\ufffd" in line:
+        return ""
+    for start, kind in (("SSH-", "an SSH server"), ("HTTP/", "a web server")):
+        if line.startswith(start):
+            return f"{kind} ({line[:60]})"
+    return f"another program ({line[:60]!r})"
+
+
 def listening_addresses(address: str) -> list[tuple[str, int]]:
     """Return the numeric addresses of this machine that a server at `address` can take.
 
