@@ -26,7 +26,7 @@ import numpy as np
 from federated.errors import FederationError
 from federated.settings import Settings
 from federated.updates import fingerprint
-from plumbing.addresses import check_cid, parse_address
+from plumbing.addresses import check_cid, check_destination
 from plumbing.board import Telemetry, describe_board
 from plumbing.security.identity import open_identity
 from plumbing.security.keys import default_keys_dir
@@ -183,8 +183,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise FederationError for values that cannot work."""
-    if parse_address(args.server_address)[1] == 0:
-        raise FederationError(f"server address '{args.server_address}' has no port to go to")
+    check_destination(args.server_address)
     check_cid(args.cid)
     if args.threads is not None and args.threads < 1:
         raise FederationError(f"--threads {args.threads} is below 1")

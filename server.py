@@ -37,7 +37,6 @@ import torch
 
 import utils
 from federated.errors import FederationError
-from federated.partitions import parse_partition
 from federated.rounds import Observed, Observer, Plan, Step, synchronous
 from federated.settings import RunSettings
 from federated.strategies import Strategy, make_strategy, state_of_version_1
@@ -112,7 +111,6 @@ def parse_args(argv: Sequence[str] | None) -> tuple[RunSettings, argparse.Namesp
 def check_args(settings: RunSettings, args: argparse.Namespace) -> None:
     """Raise FederationError for values that cannot work, before anything slow is done."""
     settings.check()
-    parse_partition(settings.partition)
     descriptors.check(settings.min_num_clients)
     if args.secure and args.insecure:
         raise FederationError("--secure and --insecure exclude each other")
@@ -294,10 +292,10 @@ def run(settings: RunSettings, args: argparse.Namespace) -> None:
     """The whole run: wait, train round by round, save."""
     check_args(settings, args)
     gate = open_gate(args)
-    task = Task(settings, args.data_dir)
     strategy = make_strategy(
         settings.strategy, settings.sample_fraction, settings.sample_size, settings.lr
     )
+    task = Task(settings, args.data_dir)
     bounds = Bounds(settings.max_update_norm, settings.max_weight_ratio)
     start = open_start(settings, args, task, strategy, bounds)
     model_bytes = sum(array.nbytes for array in start.weights.values())

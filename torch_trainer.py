@@ -13,8 +13,8 @@ import torch
 
 import utils
 from federated.errors import FederationError
-from federated.partitions import parse_partition, partition
-from federated.settings import Settings
+from federated.partitions import partition
+from federated.settings import Settings, parse_partition
 from plumbing.board import available_memory
 
 WEIGHTS, ACTIVATIONS, REST = 6, 1.3, 20e6  # see `training_bytes`

@@ -1,5 +1,6 @@
 """What people type: server addresses (192.168.1.10:8080, [fd00::1]:8080) and device names."""
 
+import contextlib
 import errno
 import ipaddress
 import re
@@ -32,6 +33,11 @@ def parse_address(address: str) -> tuple[str, int]:
     Raises:
         FederationError: it is not of that form.
     """
+    if "://" in address:
+        raise FederationError(
+            f"server address '{address}' begins with the name of a protocol; "
+            f"leave it out: {address.partition('://')[2].rstrip('/')}"
+        )
     host, colon, port = address.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     if bracketed:
@@ -48,6 +54,19 @@ def parse_address(address: str) -> tuple[str, int]:
             "examples: 192.168.1.20:8080, laptop.local:8080, [fd00::1]:8080"
         )
     return host, int(port)
+
+
+def check_destination(address: str) -> None:
+    """Raise FederationError unless a device can go to HOST:PORT."""
+    host, port = parse_address(address)
+    if port == 0:
+        raise FederationError(f"server address '{address}' has no port to go to")
+    with contextlib.suppress(ValueError):  # a name
+        if ipaddress.ip_address(host).is_unspecified:
+            raise FederationError(
+                f"server address '{address}' stands for all addresses of the machine that "
+                "listens, and none to go to; use the one that server.py prints"
+            )
 
 
 def join_address(host: str, port: int) -> str:

@@ -470,6 +470,8 @@ def parse_token(text: str) -> Token:
         FederationError: it is none, or mistyped; the message does not show it.
     """
     problem = "--join is no token: it must be as server.py prints it, join1_ and 70 characters more"
+    if len(text.split()) > 1:
+        raise FederationError("the token of --join has spaces or line breaks; leave them out")
     if not re.fullmatch(TOKEN_PREFIX + "[A-Za-z0-9_-]*", text):
         raise FederationError(problem)
     try:
