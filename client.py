@@ -26,11 +26,10 @@ import numpy as np
 from federated.errors import FederationError
 from federated.settings import Settings
 from plumbing.addresses import check_cid, parse_address
-from plumbing.board import describe_board
+from plumbing.board import Telemetry, describe_board
 from plumbing.security.identity import open_identity
 from plumbing.security.keys import default_keys_dir
 from plumbing.stream.device import enrol, serve
-from plumbing.telemetry import Telemetry
 
 ROOT = Path(__file__).resolve().parent
 

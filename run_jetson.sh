@@ -6,114 +6,20 @@
 #   ./run_jetson.sh --help
 #
 # With a JetPack too old for the client's Python it hands over to run_pi.sh: CPU only.
+[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # sh run_jetson.sh
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-example="./run_jetson.sh --server_address=192.168.1.10:8080 --cid=1 --model=Net"
-image=flower-embedded:gpu
-base=flower-embedded-base:gpu
-board_root=${BOARD_ROOT-} # tests put a recorded board here
+# shellcheck source=plumbing/launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/plumbing/launch.sh"
 
-usage() {
-  cat <<END
-$example
+launcher=run_jetson.sh
+kind=gpu
+device_help="--device auto|cpu|cuda     where to train (default: auto, the GPU if it works)"
+image_mb=25000
+build_time="up to an hour, most of it downloading"
 
-Builds the client's image if needed and runs client.py in it. Ctrl-C ends it.
-
-  --detach                   in the background, and again after a reboot or a crash
-  --server_address HOST:PORT where server.py runs
-  --cid CID                  this device's name; 0, 1, … where the data set is partitioned
-  --model MODEL              a name from utils.MODELS, the server's (default: Net)
-  --data_dir DIR             this device's images, CIFAR-10 or train/<class>/*, mounted
-                             read-only; or synthetic (default: CIFAR-10 in \$DATA_VOLUME,
-                             downloaded once)
-  --device auto|cpu|cuda     where to train (default: auto, the GPU if it works)
-  --threads N                processor threads (default: one a core)
-  --max_wait_seconds S       give up after S s without server (default: never)
-  --stay                     when the run is over, wait for the next; with --detach it does anyway
-  --join TOKEN|FILE|-        join a server with --secure, once: what server.py prints, or a file
-                             with it or with a key of server.py devices admit, or standard
-                             input (-), which no list of processes shows
-  --join_only                join, and end
-  --insecure                 an open server, although there is a key
-
-Environment:
-  BASE_IMAGE                 pull this base image instead of building one
-  DATA_VOLUME                volume or directory for downloaded data (default: flower-data)
-  KEYS_VOLUME                volume or directory for the device's key (default: flower-keys)
-  DOCKER_BUILD_OPTIONS       further words for docker build
-  DOCKER_RUN_OPTIONS         further words for docker run
-END
-}
-
-die() {
-  echo "run_jetson.sh: $*" >&2
-  exit 1
-}
-
-warn() {
-  echo "run_jetson.sh: warning: $*" >&2
-}
-
-# Arguments: all go on to client.py, --data_dir as an absolute path; --detach and --join stay
-# here. What may hold a token is left out of a trace (bash -x).
-traced=${-//[!x]/}
-set +x
-original=("$@")
-server_address='' cid='' model=Net data_dir='' device=auto detach='' arguments=()
-joins='' join='' join_only='' insecure=''
-while (($#)); do
-  name=$1 value='' words=1
-  case $1 in
-    -h | --help) usage && exit ;;
-    --detach) detach=yes && shift && continue ;;
-    --*=*) name=${1%%=*} value=${1#*=} ;;
-    --*) if (($# > 1)) && [[ $2 != --* ]]; then value=$2 words=2; fi ;;
-  esac
-  case ${name//-/_} in
-    __server_address) server_address=$value ;;
-    __cid) cid=$value ;;
-    __model) model=$value ;;
-    __device) device=$value ;;
-    __insecure) insecure=yes ;;
-    __join)
-      [[ -n $value ]] || die "--join lacks a token, a file or -; server.py --secure prints a token"
-      joins=yes join=$value
-      shift "$words" && continue
-      ;;
-    __join_only) join_only=yes && shift && continue ;;
-    __keys) die "--keys: in its container the key is in the volume flower-keys; KEYS_VOLUME names another" ;;
-    __data_dir)
-      data_dir=$value
-      if [[ $data_dir != synthetic* ]]; then
-        [[ -d $data_dir ]] || die "--data_dir '$data_dir' is no directory on this device"
-        data_dir=$(realpath --no-symlinks -- "$data_dir")
-        arguments+=("--data_dir=$data_dir") && shift "$words" && continue
-      fi
-      ;;
-  esac
-  [[ " ${*:1:words}" != *[=\ ]join1_* ]] || die "a token goes after --join="
-  arguments+=("${@:1:words}")
-  shift "$words"
-done
-[[ -z $traced ]] || set -x
-[[ -n $server_address ]] || die "--server_address is missing; say for example: $example"
-[[ -n $cid ]] || die "--cid is missing, this device's own number or name; say for example: $example"
-[[ $cid =~ ^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$ ]] ||
-  die "--cid '$cid' is not made of 1 to 64 letters, digits, '.', '_' and '-', with no '-' in front"
-[[ $server_address =~ ^(\[([0-9A-Fa-f:.]+[^][:space:]/]*)\]|([^][:space:]/:]+)):([0-9]+)$ ]] ||
-  die "server address '$server_address' is not HOST:PORT; say 192.168.1.10:8080 or laptop.local:8080"
-host=${BASH_REMATCH[2]}${BASH_REMATCH[3]} port=${BASH_REMATCH[4]}
-[[ -z $joins || -z $insecure ]] || die "--join is for a server with --secure; leave out --insecure"
-[[ -z $join_only || -n $joins ]] || die "--join_only without --join"
-keys=${KEYS_VOLUME:-flower-keys}
-if [[ $keys == */* ]]; then
-  (umask 077 && mkdir -p -- "$keys")
-  [[ $(stat -c '%u %a' -- "$keys") =~ ^1000\ [0-7]?700$ ]] ||
-    die "KEYS_VOLUME '$keys' must belong to user 1000, whom the client runs as, and be closed to others; sudo chown 1000 '$keys' && sudo chmod 700 '$keys'"
-fi
-read -ra build_options <<<"${DOCKER_BUILD_OPTIONS-}"
-read -ra run_options <<<"${DOCKER_RUN_OPTIONS-}"
+parse_arguments
+check_arguments
 
 # The board: its L4T release decides which of NVIDIA's images has CUDA for it.
 l4t=''
@@ -131,7 +37,7 @@ fi
 # cpu WHY: train on the CPU here, unless the GPU was demanded
 cpu() {
   [[ $device != cuda ]] || die "--device cuda: $1; leave --device out to train on the CPU"
-  echo "run_jetson.sh: $1; training on the CPU" >&2
+  echo "$launcher: $1; training on the CPU" >&2
   set +x # a token may be among them
   exec "$root/run_pi.sh" "${original[@]}"
 }
@@ -146,174 +52,18 @@ else
   cpu "L4T R$l4t is older than JetPack 6, for which no CUDA PyTorch for Python 3.11 or newer exists"
 fi
 
-# Docker.
-command -v docker >/dev/null ||
-  die "Docker is not installed; curl -fsSL https://get.docker.com | sudo sh && sudo usermod -aG docker \$USER, then log out and in"
-if ! versions=$(docker version --format '{{.Server.Arch}} {{.Server.Version}} {{.Client.Version}}' 2>/dev/null); then
-  problem=$(docker version 2>&1 >/dev/null) || true
-  [[ $problem != *"permission denied"* ]] ||
-    die "user $(id -un) may not use Docker; sudo usermod -aG docker \$USER, then log out and in"
-  die "Docker does not run (${problem%%$'\n'*}); sudo systemctl enable --now docker"
-fi
-read -r docker_arch docker_version docker_client <<<"$versions"
-[[ $docker_arch != arm ]] ||
-  die "Docker has 32 bits ($docker_arch) on a 64-bit kernel; install Docker for arm64"
-# Before 20.10.10 Docker's seccomp profile forbids clone3, and no program in Debian 12 can
-# start a thread: https://github.com/docker-library/python/issues/835
-printf '%s\n' 20.10.10 "$docker_version" | sort -VC ||
-  die "Docker $docker_version is older than 20.10.10, the first that runs Debian 12 images; sudo apt update && sudo apt upgrade"
-# From 23.0 on the docker command leaves BuildKit to a plugin, which Debian and Ubuntu package
-# apart from docker.io. The builder from before does as well.
-export DOCKER_BUILDKIT=1
-if printf '%s\n' 23.0 "$docker_client" | sort -VC && ! docker buildx version >/dev/null 2>&1; then
-  DOCKER_BUILDKIT=0
-fi
+check_docker
 runtimes=$(docker info --format '{{json .Runtimes}}')
 [[ $runtimes == *'"nvidia"'* ]] ||
   die "Docker lacks NVIDIA's runtime; sudo apt install nvidia-container && sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
-
-# Memory, which the GPU shares: what the client takes on a CPU (ResNet18 1.2 GB at its peak,
-# Net 250 to 420 MB) and 1.5 GB for CUDA's libraries and the system.
-memory() { awk -v name="$1:" '$1 == name { mb = $2 / 1024 } END { print int(mb) }' "$board_root/proc/meminfo"; }
-ram=$(memory MemTotal) swap=$(memory SwapTotal)
-case $model in
-  ResNet18) needed=2800 ;;
-  *) needed=1900 ;;
-esac
-if ((ram < needed)); then
-  problem="$ram MB of RAM and $swap MB of swap, $model wants $needed MB"
-  if ((swap >= needed)); then
-    warn "$problem: it will swap, and be slow"
-  else
-    gb=$(((needed + 999) / 1000))
-    warn "$problem, so it may be killed; add swap: sudo fallocate -l ${gb}G /swap && sudo chmod 600 /swap && sudo mkswap /swap && sudo swapon /swap"
-  fi
-fi
-
-# The way to the server. It may well be started later: only a warning.
-# shellcheck disable=SC2016 # the inner bash puts in host and port
-if [[ $host =~ ^(localhost|127\..*|::1)$ && " ${run_options[*]} " != *[\ =]host\ * ]]; then
-  warn "$host is the container itself; take the address that server.py prints"
-elif ! timeout 3 bash -c '</dev/tcp/"$0"/"$1"' "$host" "$port" 2>/dev/null; then
-  warn "no answer from $server_address yet; the client will wait (is server.py running there, is the port open in its firewall?)"
-fi
-
-# What the device joins with: asked for here, before images are built.
-secret=''
-read_secret() {
-  local - && set +x
-  local file=$join
-  [[ $file != \~/* ]] || file=$HOME/${file:2}
-  if [[ $join == - && -t 0 ]]; then
-    read -rsp "token (not shown): " secret || true
-    echo >&2
-  elif [[ $join == - ]]; then
-    secret=$(cat)
-  elif [[ $join == join1_* ]]; then
-    secret=$join
-  elif [[ -f $file && -r $file ]]; then
-    secret=$(<"$file")
-  fi
-  [[ $secret == *join1_* || $secret == *"PRIVATE KEY"* ]] ||
-    die "--join is neither a token (join1_…, as server.py prints it) nor a file with one or with a key; - reads standard input"
-}
-[[ -z $joins ]] || read_secret
-
-# The base image: pulled, or built where its files have changed since.
-files=$(cd "$root/base_images" && find . ./gpu -maxdepth 1 -type f ! -name '*.md' -exec sha256sum {} + | LC_ALL=C sort)
-checksum=$(sha256sum <<<"$nvidia_image $files") checksum=${checksum:0:16}
-built=$(docker image inspect --format '{{index .Config.Labels "flower-embedded.base"}}' "$base" 2>/dev/null) || built=''
-if [[ -n ${BASE_IMAGE-} ]]; then
-  base=$BASE_IMAGE
-  if docker image inspect "$base" >/dev/null 2>&1; then missing=''; else missing=yes; fi
-else
-  if [[ $built == "$checksum" ]]; then missing=''; else missing=yes; fi
-fi
-if [[ -n $missing ]]; then
-  docker_root=$(docker info --format '{{.DockerRootDir}}')
-  free=$(df --output=avail --block-size=MB -- "$docker_root" 2>/dev/null | tail -n 1) || free=''
-  free=${free//[!0-9]/}
-  ((${free:-25000} >= 25000)) ||
-    die "$free MB are free in $docker_root, the image needs 25000 MB while it is built; make room (docker system prune, sudo apt clean) or take a larger card"
-  if [[ -n ${BASE_IMAGE-} ]]; then
-    echo "pulling $base, once"
-    docker pull "$base" || die "cannot pull BASE_IMAGE '$base'; check its name and the network"
-  else
-    echo "building $base on $nvidia_image, once: up to an hour, most of it downloading"
-    docker build --tag "$base" --label "flower-embedded.base=$checksum" \
-      --build-arg "BASE=$nvidia_image" --file "$root/base_images/gpu/Dockerfile" "${build_options[@]}" "$root/base_images" ||
-      die "building $base failed, its last lines say why; start again when that is mended"
-  fi
-fi
-if ! problem=$(docker build --quiet --tag "$image" --build-arg BASE_IMAGE_TYPE=gpu \
-  --build-arg "BASE_IMAGE=$base" "${build_options[@]}" "$root" 2>&1); then
-  echo "$problem" >&2
-  die "building $image failed, the lines above say why"
-fi
-
-# The container.
-options=(
-  --init
-  --log-driver json-file --log-opt max-size=10m --log-opt max-file=3
-  --cap-drop ALL --security-opt no-new-privileges
-  --runtime nvidia --shm-size "$((ram / 4 < 8192 ? ram / 4 : 8192))m"
-)
+# The GPU shares the board's memory: 420 MB for a client of the smallest model as on a CPU, and
+# 1.5 GB for CUDA's libraries and the system.
+check_memory 1900
+check_server
+read_secret
+make_images
+options=(--runtime nvidia --shm-size "$((ram / 4 < 8192 ? ram / 4 : 8192))m")
 for group in video render; do # only root and these may open the GPU's device files
   if entry=$(getent group "$group"); then options+=(--group-add "$(cut -d: -f3 <<<"$entry")"); fi
 done
-if [[ -r $board_root/proc/device-tree/model ]]; then # hidden inside a container
-  options+=(--env "DEVICE_MODEL=$(tr -d '\0' <"$board_root/proc/device-tree/model")")
-fi
-if [[ $keys == */* ]]; then
-  quoted=$(realpath --no-symlinks -- "$keys") quoted=${quoted//\"/\"\"} # --mount is a line of CSV
-  options+=(--mount "type=bind,\"source=$quoted\",target=/keys")
-else
-  options+=(--mount "type=volume,source=$keys,target=/keys")
-fi
-if [[ $host == *.local ]]; then # multicast DNS works out here, not in a container
-  if found=$(getent ahostsv4 "$host"); then
-    options+=(--add-host "$host:${found%% *}")
-  else
-    warn "cannot find $host from here; take the IP address that server.py prints"
-  fi
-fi
-
-# Joining is another container's work, which gets the secret by its standard input: the
-# arguments of the one that stays can be looked up for as long as it is there.
-join() {
-  local - && set +x
-  printf '%s\n' "$secret" |
-    docker run --name "flower-join-$cid" "${options[@]}" "${run_options[@]}" \
-      --restart no --rm --interactive "$image" "${arguments[@]}" --join=- --join_only
-}
-[[ -z $joins ]] || join || exit
-[[ -z $join_only ]] || exit 0
-
-container=flower-client-$cid
-if [[ -n $data_dir && $data_dir != synthetic* ]]; then
-  quoted=${data_dir//\"/\"\"}
-  options+=(--mount "type=bind,\"source=$quoted\",\"target=$quoted\",readonly")
-elif [[ ${DATA_VOLUME-} == */* ]]; then
-  mkdir -p -- "$DATA_VOLUME"
-  quoted=$(realpath --no-symlinks -- "$DATA_VOLUME") quoted=${quoted//\"/\"\"}
-  options+=(--mount "type=bind,\"source=$quoted\",target=/data")
-  [[ $(stat -c %u -- "$DATA_VOLUME") == 1000 ]] ||
-    warn "the client is user 1000 in its container and may not write to '$DATA_VOLUME'; sudo chown 1000 '$DATA_VOLUME'"
-else
-  options+=(--mount "type=volume,source=${DATA_VOLUME:-flower-data},target=/data")
-fi
-if state=$(docker container inspect --format '{{.State.Status}}' "$container" 2>/dev/null); then
-  echo "replacing the container $container ($state)"
-  docker rm --force --volumes "$container" >/dev/null
-fi
-if [[ -n $detach ]]; then
-  options+=(--detach --restart unless-stopped)
-  echo "$container runs in the background, again after a reboot or a crash, and joins each run"
-  echo "  its log:  docker logs --follow $container"
-  echo "  stop it:  docker stop $container       start it again: docker start $container"
-  echo "  remove:   docker rm --force $container"
-else
-  options+=(--rm)
-  if [[ -t 0 && -t 1 ]]; then options+=(--interactive --tty); fi
-fi
-exec docker run --name "$container" "${options[@]}" "${run_options[@]}" "$image" "${arguments[@]}"
+run_client

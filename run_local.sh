@@ -4,13 +4,18 @@
 #   ./run_local.sh                                  two clients, three rounds, Net
 #   ./run_local.sh --rounds 5 --model ResNet18      arguments go to server.py
 #   ./run_local.sh --secure                         with TLS, and keys for this run alone
+#   ./run_local.sh --resume runs/20260101-120000-Net   go on with a run: its model, data, clients
 #
 # As many clients as --min_num_clients says. CIFAR-10 from --data_dir (default: data/),
 # downloaded if it is not there; without Internet synthetic images, named as such. With
 # --secure --keys DIR all keys stay in DIR, the clients' beside the server's.
+[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # sh run_local.sh
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+command=$(printf %q "$0") # server.py prints it when it is interrupted, to be typed as it stands
+[[ $0 == */* ]] || command="bash $command"
+export RESUME_COMMAND="$command --resume"
 scratch=$(mktemp -d) # for its owner alone
 pids=()
 
@@ -47,27 +52,77 @@ option() {
   printf '%s\n' "$value"
 }
 
-clients=$(option min_num_clients 2 "$@")
-model=$(option model Net "$@")
-data_dir=$(option data_dir "$root/data" "$@")
-address=$(option server_address "" "$@")
-keys=$(option keys "$scratch/keys" "$@")
-[[ $keys != \~/* ]] || keys=$HOME/${keys:2}
-secure=''
-if [[ ! $clients =~ ^[1-9][0-9]*$ ]]; then
-  echo "run_local.sh: --min_num_clients $clients is no number of clients; say 1 or more" >&2
+die() {
+  echo "run_local.sh: $*" >&2
   exit 1
+}
+
+# absolute PATH: so that a run goes on from any directory
+absolute() {
+  local path=$1
+  [[ $path != \~/* ]] || path=$HOME/${path:2}
+  [[ $path == /* ]] || path=$PWD/$path
+  printf '%s\n' "$path"
+}
+
+# Everything that can be checked without Python is checked before it is set up.
+for name in rounds epochs batch_size min_num_clients min_sample_size; do
+  value=$(option "$name" 1 "$@")
+  [[ $value =~ ^[1-9][0-9]{0,8}$ ]] || die "--$name '$value' is not a whole number above 0"
+done
+help='' secure='' resume='' run_dir=''
+for ((i = 1; i <= $#; i++)); do
+  next=$((i + 1))
+  case ${!i} in
+    -h | --help) help=yes ;;
+    --secure) secure=yes ;;
+    --resume=*) resume=yes run_dir=${!i#*=} ;;
+    --resume)
+      resume=yes run_dir=''
+      if ((i < $#)) && [[ ${!next} != -* ]]; then run_dir=${!next}; fi
+      ;;
+  esac
+done
+if [[ -n $run_dir ]]; then
+  run_dir=$(absolute "$run_dir")
+  [[ -f $run_dir/config.json ]] || die "no run to resume in '$run_dir': it has no config.json"
 fi
 
 python=$("$root/plumbing/venv.sh" requirements.txt)
-for argument in "$@"; do
-  case $argument in
-    -h | --help) "$python" "$root/server.py" --help && exit ;;
-    --secure) secure=yes ;;
-  esac
-done
+if [[ -n $help ]]; then
+  "$python" "$root/server.py" --help
+  exit
+fi
+
+model=Net data_dir=$root/data clients=2 address='' keys=''
+if [[ -n $resume ]]; then # with what the run had
+  PYTHONPATH=$root "$python" -m plumbing.runs "$run_dir" >"$scratch/run" || exit
+  {
+    IFS= read -r run_dir
+    IFS= read -r model
+    IFS= read -r data_dir
+    IFS= read -r clients
+    IFS= read -r address
+    IFS= read -r run_secure
+    IFS= read -r keys
+  } <"$scratch/run"
+  secure=${secure:-$run_secure}
+  # Only clients of this script can have been there, and the port may be another program's now.
+  [[ $address != 127.0.0.1:* ]] || address=''
+  if [[ -n $keys && ! (-d $keys && -O $keys) ]]; then
+    keys='' # by default they are deleted when this script ends
+    [[ -n $(option keys '' "$@") ]] || echo "the keys of this run are gone; its clients get new ones"
+  fi
+fi
+model=$(option model "$model" "$@")
+data_dir=$(option data_dir "$data_dir" "$@")
+[[ $data_dir == synthetic* ]] || data_dir=$(absolute "$data_dir")
+clients=$(option min_num_clients "$clients" "$@")
+address=$(option server_address "$address" "$@")
+keys=$(absolute "$(option keys "${keys:-$scratch/keys}" "$@")")
 
 if [[ $data_dir != synthetic* && ! -d $data_dir/train && ! -d $data_dir/cifar-10-batches-py ]]; then
+  [[ -z $resume ]] || die "no images in '$data_dir', where the run has them; bring them back, or name their new place with --data_dir"
   echo "fetching CIFAR-10 into $data_dir (170 MB, once)"
   code=0
   "$python" "$root/utils.py" --data_dir "$data_dir" >"$scratch/out" 2>&1 &
@@ -100,7 +155,9 @@ start() {
 }
 
 server=("$@" --server_address "$address" --data_dir "$data_dir")
-if [[ -d $data_dir/train && -z $(option partition "" "$@") && $(option resume no "$@") == no ]]; then
+if [[ -n $resume ]]; then
+  server+=(--resume "$run_dir")
+elif [[ -d $data_dir/train && -z $(option partition "" "$@") ]]; then
   server+=(--partition iid) # a device's own images are used whole, but here all have one disk
 fi
 if [[ -n $secure ]]; then

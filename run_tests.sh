@@ -13,7 +13,7 @@ bin=$(dirname "$python")
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-"$bin/shellcheck" ./*.sh plumbing/*.sh .ci/run tests/docker/run
+"$bin/shellcheck" -x ./*.sh plumbing/*.sh .ci/run tests/docker/run
 "$bin/hadolint" Dockerfile base_images/*/Dockerfile
 # Four at a time even on two cores: many tests wait for a while, for a timeout say.
 exec "$python" -m pytest --numprocesses=4 --dist=worksteal "$@"

@@ -20,8 +20,10 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import platform
 import secrets
+import shlex
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -371,13 +373,15 @@ def call_devices_once_more(
 
 def print_how_to_resume(directory: RunDirectory, what: str) -> None:
     """Print the command that continues a run, unless there is nothing to continue."""
+    command = os.environ.get("RESUME_COMMAND", "python server.py --resume")
     hint = (
         "No round was finished: its directory is removed"
         if directory.abandon()
         else f"To continue after round {directory.saved_round}: "
-        f"python server.py --resume {directory}"
+        f"{command} {shlex.quote(str(directory))}"
     )
-    print(f"server.py: {what}; devices wait. {hint}", file=sys.stderr)
+    # One write, which the fleet's thread cannot print into.
+    print(f"server.py: {what}; devices wait. {hint}\n", end="", file=sys.stderr)
 
 
 def print_results(

@@ -330,17 +330,14 @@ class Training:
     def _replies(self) -> list[Message]:
         """Return all replies, by the device's name: the order of arrival must not matter."""
         shown = _common_numbers([update.metrics for update, _ in self.updates.values()])
-        return [
-            _reply(
-                self.requests[device],
-                self._moved(update.delta.items()),
-                {name: update.metrics[name] for name in shown}
-                | {"train_loss": update.metrics.get("loss", math.nan), "num-examples": weight},
-            )
-            for device, (update, weight) in sorted(
-                self.updates.items(), key=lambda item: item[0].cid
-            )
-        ]
+        replies = []
+        for device, (update, weight) in sorted(self.updates.items(), key=lambda i: i[0].cid):
+            metrics = {name: update.metrics[name] for name in shown}
+            if "loss" in shown:
+                metrics["train_loss"] = update.metrics["loss"]  # as QFedAvg calls it
+            metrics["num-examples"] = weight
+            replies.append(_reply(self.requests[device], self._moved(update.delta.items()), metrics))
+        return replies
 
 
 # --- To and from Flower's records -----------------------------------------------------

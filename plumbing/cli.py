@@ -40,7 +40,8 @@ def start(program: str) -> None:
     """
     assert "grpc" not in sys.modules, "gRPC has read its environment already"
     os.environ.update(ENVIRONMENT)
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else it logs connections that come and go
+    # Else it logs connections that come and go, and at ERROR each one that finds no descriptor.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     with contextlib.suppress(AttributeError, ValueError):  # not a file: a test's

@@ -20,7 +20,7 @@ from federated.rounds import (
     Step,
     Waiting,
 )
-from plumbing.telemetry import detail
+from plumbing.board import MEGABYTES, TEMPERATURES, WATTS
 
 MAX_LINES = 20  # devices a round with a line of their own; metrics.jsonl has all
 SYNTHETIC = "synthetic images"
@@ -91,7 +91,7 @@ class Console:
             f"loss {step.evaluation['loss']:.3f}  accuracy "
             f"{100 * step.evaluation['accuracy']:.1f} %{self.where}  "
             f"{step.seconds + step.seconds_evaluate:.1f} s",
-            *map(detail, devices[:MAX_LINES]),
+            *map(device_line, devices[:MAX_LINES]),
             *(more if len(devices) > MAX_LINES else []),
         ]
 
@@ -218,3 +218,34 @@ def number(metrics: Mapping[str, Any], name: str) -> float:
     """Return a number of a round; NaN, which JSON cannot hold, where there is none."""
     value = metrics.get(name)
     return value if isinstance(value, int | float) else math.nan
+
+
+def device_line(device: Mapping[str, Any]) -> str:
+    """Return a line on what one device did in a round.
+
+    Args:
+        device: an entry of "devices" in metrics.jsonl. Its "metrics" are the device's word:
+            what is missing, of another type or absurd is left out.
+    """
+    metrics = device.get("metrics")
+    metrics = metrics if isinstance(metrics, Mapping) else {}
+    cells = [f"{device.get('name', '')!s:<10}"]
+
+    def add(value: Any, limits: tuple[float, float], cell: str, scale: float = 1) -> None:
+        if type(value) in (int, float) and limits[0] <= value <= limits[1]:
+            cells.append(cell.format(value / scale))
+
+    add(device.get("num_examples"), (0, 1e9), "{:7,.0f} images")
+    add(device.get("seconds"), (0, 1e7), "{:6.1f} s")
+    add(metrics.get("images_per_second"), (0, 1e7), "{:6,.0f} images/s")
+    add(metrics.get("peak_ram_mb"), MEGABYTES, "{:5,.0f} MB RAM")
+    add(metrics.get("cpu_temperature"), TEMPERATURES, "{:3.0f} °C")
+    add(metrics.get("gpu_temperature"), TEMPERATURES, "GPU {:3.0f} °C")
+    add(metrics.get("power_watts"), WATTS, "{:5.1f} W")
+    add(device.get("bytes_sent"), (0, 1e12), "{:6.2f} MB down", 1e6)
+    add(device.get("bytes_received"), (0, 1e12), "{:6.2f} MB up", 1e6)
+    for key, cell in (("throttled", "{}"), ("throttled_since_boot", "earlier: {}")):
+        if isinstance(names := metrics.get(key), str) and names:
+            cells.append(cell.format(names[:60]))
+            break
+    return "  " + "  ".join(cells)

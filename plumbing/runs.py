@@ -46,6 +46,7 @@ from plumbing.checkpoints import (
 )
 
 NO_JSON = (ValueError, RecursionError)  # what json.loads raises for bytes from anywhere
+ROOT = Path(__file__).resolve().parent.parent
 MAX_NUMBER = 1e15  # no time, loss or count that a plot must take is larger
 MAX_TEXT = 300  # characters of an event's text or of a device's name
 MAX_EVENTS_BYTES = 64 << 20  # a device that reconnects without end must not fill the disk
@@ -584,3 +585,21 @@ def load_config(path: Path, defaults: Mapping[str, Any]) -> dict[str, Any]:
                 f"'{path / 'config.json'}' has {name} {value!r}; correct it, or start a new run"
             )
     return settings
+
+
+def main() -> None:
+    """Print what run_local.sh needs of a run, one value a line: `python -m plumbing.runs DIR`."""
+    path = Path(sys.argv[1]) if sys.argv[1] else newest_run(ROOT / "runs")
+    wanted = {"model": "", "data_dir": "", "min_num_clients": 0, "server_address": ""}
+    config = load_config(path, {**wanted, "secure": False, "keys": None})
+    if missing := [name for name in wanted if name not in config]:
+        raise FederationError(f"'{path / 'config.json'}' lacks {', '.join(missing)}")
+    print(path.absolute(), *(config[name] for name in wanted), sep="\n")
+    print("yes" if config.get("secure") else "", config.get("keys") or "", sep="\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FederationError as error:
+        sys.exit(f"run_local.sh: {error}")

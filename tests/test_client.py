@@ -1,5 +1,6 @@
 """client.py's answers, without a server."""
 
+import copy
 import itertools
 import json
 import os
@@ -247,6 +248,96 @@ def test_another_trainer_is_served_without_importing_torch():
     assert device.evaluate([np.full(1, 2.0)], {}) == (2.0, 3, {})
     code = "import client, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# --- Memory ---------------------------------------------------------------------------
+
+
+def with_memory(monkeypatch, ram: float, swap: float) -> None:
+    monkeypatch.setattr(torch_trainer, "available_memory", lambda: (ram, swap))
+
+
+def test_training_with_room_for_it_gives_no_warning(device, monkeypatch, capsys):
+    with_memory(monkeypatch, 60e6, 0)
+    assert "problem" not in device.get_properties(config())
+    assert capsys.readouterr().err == ""
+
+
+def test_training_that_will_swap_is_a_warning_with_the_figures(device, monkeypatch, capsys):
+    with_memory(monkeypatch, 10e6, 1e9)
+    for _ in range(2):  # once, however often it connects
+        assert "problem" not in device.get_properties(config(batch_size=100))
+    assert re.fullmatch(
+        r"Client 1: warning: training Net in batches of 100 takes about 2\d MB more, and this "
+        r"device has 10 MB of RAM and 1,000 MB of swap free, so it will swap and be slow; start "
+        r"the server with a smaller --batch_size or another --model\n",
+        capsys.readouterr().err,
+    )
+
+
+def test_training_without_room_for_it_is_a_problem_that_names_the_way_out(device, monkeypatch):
+    with_memory(monkeypatch, 10e6, 5e6)
+    problem = device.get_properties(config(batch_size=100))["problem"]
+    assert "takes about 2" in problem
+    assert "10 MB of RAM and 5 MB of swap" in problem
+    assert problem.endswith("smaller --batch_size or another --model, or add swap here")
+    with_memory(monkeypatch, 60e6, 0)
+    assert "problem" not in device.get_properties(config(batch_size=100))
+
+
+PEAK = """
+import re, torch_trainer, utils
+from pathlib import Path
+from federated.settings import Settings
+
+def megabytes(name):
+    return int(re.search(name + r":\\s*([0-9]+)", Path("/proc/self/status").read_text())[1]) / 1e3
+
+model, batch_size = "{model}", {batch_size}
+trainer = torch_trainer.TorchTrainer("0", model, f"synthetic:{{2 * batch_size}}", "cpu")
+config = dict(partition="none", num_partitions=1, batch_size=batch_size, server_round=1)
+settings = Settings.from_config(config, default_lr=utils.LR)
+trainer.prepare(settings)
+before = megabytes("VmRSS")
+needed = torch_trainer.training_bytes(trainer.net, trainer.data, batch_size) / 1e6
+weights = trainer.get_weights()  # as they come from the server, in two copies
+message = b"".join(w.tobytes() for w in weights.values())
+weights, num_examples, metrics = trainer.fit(weights, settings)
+message = b"".join(w.tobytes() for w in weights.values())
+print(before, needed, megabytes("VmHWM"))
+"""
+
+
+@pytest.mark.parametrize(
+    "model, batch_size",
+    [("Net", 32), ("Net", 512), ("PiNet", 32), ("ResNet18", 32)],
+)
+def test_estimate_of_memory_is_near_the_real_increase(model, batch_size):
+    code = PEAK.format(model=model, batch_size=batch_size)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    before, needed, peak = map(float, run.stdout.splitlines()[-1].split())
+    print(f"{model}, batch {batch_size}: {before:.0f} + {needed:.0f} MB, peak {peak:.0f} MB")
+    increase = peak - before
+    assert 0.9 * increase - 10 < needed < 1.25 * increase + 25
+
+
+def test_estimate_leaves_the_model_as_it_was(device):
+    class Normed(torch.nn.Sequential):
+        def __init__(self):
+            super().__init__(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+
+    net = Normed()
+    before = copy.deepcopy(net.state_dict())
+    small, large = (
+        torch_trainer.training_bytes(net, device.trainer.data, size) for size in (10, 20)
+    )
+    assert all(net.state_dict()[name].equal(value) for name, value in before.items())
+    # At least the images, and the convolution's output that BatchNorm saves.
+    assert large - small > 10 * 4 * (3 * 32 * 32 + 4 * 30 * 30)
 
 
 # --- Which processor ------------------------------------------------------------------

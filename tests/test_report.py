@@ -1,12 +1,15 @@
 """plumbing/report.py"""
 
 import math
+import re
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from plumbing.report import draw_report
+from plumbing.report import device_line, draw_report
 from plumbing.runs import RunDirectory
 
 
@@ -52,3 +55,81 @@ def test_loss_that_json_cannot_hold_is_a_gap_in_the_curve(tmp_path, losses):
             return picture.tobytes()
 
     assert drawn(None) == drawn(math.nan) != drawn(0.0)
+
+
+DEVICE = {
+    "name": "device 0",
+    "num_examples": 24992,
+    "seconds": 38.213,
+    "bytes_sent": 248_500,
+    "bytes_received": 248_600,
+    "metrics": {
+        "loss": 1.2,
+        "seconds": 37.9,
+        "images_per_second": 654.3,
+        "peak_ram_mb": 412.0,
+        "cpu_temperature": 61.8,
+        "throttled": "under-voltage, throttled",
+        "throttled_since_boot": "under-voltage, throttled",
+    },
+}
+
+
+def test_device_line_shows_what_a_pi_reports():
+    assert device_line(DEVICE) == (
+        "  device 0     24,992 images    38.2 s     654 images/s    412 MB RAM   62 °C"
+        "    0.25 MB down    0.25 MB up  under-voltage, throttled"
+    )
+
+
+def test_device_line_shows_what_a_jetson_reports():
+    metrics = {
+        "images_per_second": 8123,
+        "peak_ram_mb": 1930.5,
+        "cpu_temperature": 49.0,
+        "gpu_temperature": 48.6,
+        "power_watts": 14.27,
+    }
+    assert device_line({**DEVICE, "name": "device 1", "metrics": metrics}) == (
+        "  device 1     24,992 images    38.2 s   8,123 images/s  1,930 MB RAM   49 °C"
+        "  GPU  49 °C   14.3 W    0.25 MB down    0.25 MB up"
+    )
+
+
+def test_device_line_has_earlier_throttling_apart():
+    metrics = {"throttled": "", "throttled_since_boot": "frequency capped"}
+    assert device_line({"name": "device 2", "metrics": metrics}).endswith(
+        "  earlier: frequency capped"
+    )
+    assert device_line({"name": "device 2", "metrics": {"throttled": ""}}).strip() == "device 2"
+
+
+def test_device_line_stays_a_line_whatever_a_device_calls_its_state():
+    line = device_line({"name": "device 2", "metrics": {"throttled": "very " * 200}})
+    assert line.endswith("very very ") and len(line) < 80
+
+
+@pytest.mark.parametrize("metrics", [None, {}, 5, "x", [], {"loss": 1.0}])
+def test_device_line_without_telemetry_has_what_the_server_saw(metrics):
+    line = device_line({**DEVICE, "metrics": metrics})
+    assert " ".join(line.split()) == "device 0 24,992 images 38.2 s 0.25 MB down 0.25 MB up"
+
+
+METRICS = [*DEVICE["metrics"], "gpu_temperature", "power_watts"]
+TEXT = st.text("under-voltage, é", max_size=1000)
+ANY = st.one_of(st.none(), st.booleans(), st.integers(-(10**400), 10**400), st.floats(), TEXT)
+LINE = re.compile(
+    r"  device 0  "
+    r"(  +-?[0-9,]+(\.[0-9]+)? (images|s|images/s|MB RAM|°C|W|MB down|MB up)|  GPU +-?[0-9]+ °C)*"
+    r"(  (earlier: )?[-, a-zé]{1,60})?"
+)
+
+
+@given(
+    st.fixed_dictionaries({}, optional={name: ANY for name in DEVICE if name != "name"}),
+    st.fixed_dictionaries({}, optional=dict.fromkeys(METRICS, ANY)),
+)
+def test_no_word_of_a_device_breaks_its_line(entry, metrics):
+    line = device_line({**entry, "name": "device 0", "metrics": metrics})
+    assert LINE.fullmatch(line)
+    assert len(line) < 300

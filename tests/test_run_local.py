@@ -1,11 +1,14 @@
 """./run_local.sh: all in one, and no process left behind, however it ends."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -132,7 +135,7 @@ def test_sigterm_while_fetching_leaves_nothing(launch, tmp_path, monkeypatch):
             monkeypatch.setenv(name, f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.delenv("no_proxy", raising=False)
         run = launch(ROOT / "run_local.sh", "--data_dir", "data", cwd=tmp_path)
-        run.wait_for("fetching CIFAR-10 into data")
+        run.wait_for(f"fetching CIFAR-10 into {tmp_path}/data ")
         silent.settimeout(60)
         silent.accept()
         run.signal(signal.SIGTERM)
@@ -154,10 +157,129 @@ def test_death_of_one_ends_all(launch, tmp_path, victim):
 
 def test_wrong_argument_ends_all_with_the_servers_line(launch, tmp_path):
     run = launch(
-        ROOT / "run_local.sh", "--data_dir=synthetic:400", "--batch_size=0", "--min_num_clients=1",
+        ROOT / "run_local.sh", "--data_dir=synthetic:400", "--lr=-1", "--min_num_clients=1",
         "--min_sample_size=1",
     )  # fmt: skip
     assert run.finish() == 1
-    assert "server   | server.py: --batch_size 0 is below 1" in run.output
+    assert "server   | server.py: --lr -1 is not above 0" in run.output
     assert_nothing_left(run)
-    assert launch(ROOT / "run_local.sh", "--min_num_clients=two").finish() == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["--min_num_clients=two"], "--min_num_clients 'two' is not a whole number above 0"),
+        (["--batch-size", "0"], "--batch_size '0' is not a whole number above 0"),
+        (["--rounds"], "--rounds '' is not a whole number above 0"),
+        (["--resume", "no run"], "no run to resume in '{cwd}/no run': it has no config.json"),
+    ],
+)
+def test_argument_is_checked_before_python_is_set_up(launch, tmp_path, arguments, line):
+    for name in ("run_local.sh", "requirements.txt", "plumbing/venv.sh"):  # and no .venv
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    run = launch(tmp_path / "run_local.sh", *arguments, cwd=tmp_path)
+    assert run.finish() == 1
+    assert run.lines == ["run_local.sh: " + line.format(cwd=tmp_path)]
+
+
+def test_sh_runs_it_with_bash(launch, tmp_path):
+    run = launch("sh", ROOT / "run_local.sh", "--rounds=none", cwd=tmp_path)
+    assert run.finish() == 1
+    assert run.lines == ["run_local.sh: --rounds 'none' is not a whole number above 0"]
+
+
+# Going on
+
+
+def interrupt(run: Process) -> str:
+    """Press Ctrl-C; return the command that the run prints for going on."""
+    os.killpg(run.popen.pid, signal.SIGINT)
+    assert run.finish() == 130
+    assert_nothing_left(run)
+    (command,) = re.findall(r"To continue after round \d+: (.*)", run.output)
+    return command
+
+
+def settings(run_dir: Path) -> dict:
+    return json.loads((run_dir / "config.json").read_text())
+
+
+@pytest.mark.timeout(300)
+def test_command_that_ctrl_c_prints_finishes_the_run_with_its_model_data_and_clients(
+    launch, tmp_path
+):
+    run = launch(
+        ROOT / "run_local.sh", "--model=PiNet", "--data_dir=synthetic:600", "--rounds=8",
+        "--epochs=4", "--min_num_clients=3", "--min_sample_size=3", "--run_dir=my run",
+        cwd=tmp_path,
+    )  # fmt: skip
+    run.wait_for("round 1/8 ")
+    command = interrupt(run)
+    assert command == f"{ROOT}/run_local.sh --resume 'my run'"
+    before = settings(tmp_path / "my run")
+
+    run = launch("bash", "-c", command, cwd=tmp_path)
+    assert run.finish(120) == 0, run.output
+    assert "round 8/8  devices 3/3" in run.output
+    assert (tmp_path / "my run/model.safetensors").exists()
+    assert_nothing_left(run)
+    after = settings(tmp_path / "my run")
+    for name in ("model", "data_dir", "min_num_clients", "num_partitions", "test_images"):
+        assert after[name] == before[name]
+    assert after["model"] == "PiNet"
+    assert after["data_dir"] == "synthetic:600"
+
+
+@pytest.mark.timeout(300)
+def test_secure_run_goes_on_with_new_keys_when_its_own_are_deleted(launch, tmp_path):
+    run = launch(
+        ROOT / "run_local.sh", "--secure", "--model=PiNet", "--data_dir=synthetic:400",
+        "--rounds=8", "--epochs=4", "--run_dir=run", cwd=tmp_path,
+    )  # fmt: skip
+    run.wait_for("round 1/8 ")
+    command = interrupt(run)
+    run = launch("bash", "-c", command, cwd=tmp_path)
+    assert run.finish(120) == 0, run.output
+    assert run.output.count("the keys of this run are gone; its clients get new ones") == 1
+    assert run.output.count("was admitted") == 2
+    assert "round 8/8  devices 2/2" in run.output
+
+
+@pytest.mark.timeout(300)
+def test_named_keys_serve_when_a_secure_run_goes_on_from_another_directory(launch, tmp_path):
+    run = launch(
+        ROOT / "run_local.sh", "--secure", "--keys=keys", "--model=PiNet", "--rounds=1",
+        "--data_dir=synthetic:200", "--min_num_clients=1", "--min_sample_size=1", "--run_dir=run",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert run.finish(120) == 0, run.output
+    (tmp_path / "elsewhere").mkdir()
+    run = launch(ROOT / "run_local.sh", "--resume=../run", "--rounds=2", cwd=tmp_path / "elsewhere")
+    assert run.finish(120) == 0, run.output
+    assert "round 2/2  devices 1/1" in run.output
+    assert "was admitted" not in run.output
+    assert "new ones" not in run.output
+
+
+def test_run_whose_images_are_gone_goes_on_with_no_others(launch, tmp_path):
+    config = {"model": "Net", "data_dir": "/no/such/images", "min_num_clients": 2,
+              "server_address": "127.0.0.1:8080"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run = launch(ROOT / "run_local.sh", "--resume", tmp_path)
+    assert run.finish() == 1
+    (line,) = run.lines
+    assert line.startswith("run_local.sh: no images in '/no/such/images', where the run has them")
+
+
+@pytest.mark.parametrize(
+    "config, part",
+    [("{}", "lacks model, data_dir"), ("[", "cannot read"), ('{"model": 5}', "has model 5")],
+)
+def test_damaged_settings_are_one_line(launch, tmp_path, config, part):
+    (tmp_path / "config.json").write_text(config)
+    run = launch(ROOT / "run_local.sh", "--resume", tmp_path)
+    assert run.finish() == 1
+    (line,) = run.lines
+    assert line.startswith("run_local.sh: ")
+    assert part in line

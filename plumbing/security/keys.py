@@ -90,12 +90,12 @@ def private_directory(path: Path) -> Path:
     if mode & 0o077:
         raise FederationError(
             f"others on this machine can look into the keys directory '{path}' (mode {mode:03o}); "
-            f"say chmod 700 '{path}', or name another by --keys"
+            f"run chmod 700 '{path}', or name another by --keys"
         )
     if open_to_all:
         raise FederationError(
             f"anybody on this machine can replace the keys directory '{path}', since "
-            f"'{open_to_all[0]}' is open to all; say chmod o-w '{open_to_all[0]}', or name another "
+            f"'{open_to_all[0]}' is open to all; run chmod o-w '{open_to_all[0]}', or name another "
             "by --keys"
         )
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
@@ -414,7 +414,7 @@ def read_authority(path: Path) -> tuple[PrivateKey, x509.Certificate]:
     # A link may lead out of the private directory.
     if state.st_mode & 0o077 or state.st_uid not in _our_users():
         raise FederationError(
-            f"others on this machine can read the authority '{path}'; say chmod 600 '{path}', and "
+            f"others on this machine can read the authority '{path}'; run chmod 600 '{path}', and "
             f"chown it to user {os.geteuid()}"
         )
     return key, certificate

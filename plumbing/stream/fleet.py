@@ -176,6 +176,7 @@ class StreamFleet(Fleet):
             self._call(self._stop(run_is_over))
         finally:
             self._stop_loop()
+            self.refusals.close()
 
     # --- The event loop's thread: listening ---
 

@@ -65,18 +65,18 @@ def test_directory_that_others_can_look_into_is_refused(tmp_path, make_gate, mod
     token = str(token_for(make_gate()))
     (tmp_path / "owner").chmod(mode)
     with pytest.raises(
-        FederationError, match=rf"others on this machine can .* \(mode {mode:o}\); say chmod 700"
+        FederationError, match=rf"others on this machine can .* \(mode {mode:o}\); run chmod 700"
     ):
         make_gate()
 
     home = tmp_path / "home"
     home.mkdir(mode=mode)
     home.chmod(mode)
-    with pytest.raises(FederationError, match="say chmod 700"):
+    with pytest.raises(FederationError, match="run chmod 700"):
         open_identity(home, "0", token)
     assert not list(home.iterdir())
     (home / "device-0.pem").touch()
-    with pytest.raises(FederationError, match="say chmod 700"):
+    with pytest.raises(FederationError, match="run chmod 700"):
         open_identity(home, "0", None)
 
 
@@ -152,7 +152,7 @@ def test_directory_that_anybody_could_replace_is_refused(tmp_path):
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
     with pytest.raises(
-        FederationError, match=r"anybody .* can replace .*; say chmod o-w '.*shared'"
+        FederationError, match=r"anybody .* can replace .*; run chmod o-w '.*shared'"
     ):
         keys.Authority(tmp_path / "shared/keys")
     (tmp_path / "shared").chmod(0o1777)  # as /tmp: each can remove their own alone
@@ -172,7 +172,7 @@ def test_link_that_is_pointed_elsewhere_while_the_server_starts_changes_nothing(
 
 
 @pytest.mark.parametrize("by", ["another directory", "nothing"])
-def test_directory_that_is_replaced_while_the_server_starts_is_told(tmp_path, monkeypatch, by):
+def test_directory_that_is_replaced_while_the_server_starts_is_refused(tmp_path, monkeypatch, by):
     place = tmp_path / "keys"
     real = keys.read_authority
 
@@ -195,7 +195,7 @@ def test_authority_that_others_can_read_is_refused(make_gate, tmp_path):
     path = tmp_path / "owner/authority.pem"
     path.chmod(0o640)
     with pytest.raises(
-        FederationError, match=r"others .* can read the authority .*; say chmod 600"
+        FederationError, match=r"others .* can read the authority .*; run chmod 600"
     ):
         make_gate()
 

@@ -4,8 +4,8 @@ The trees are written after the kernel's documentation and device trees and afte
 owners of such boards published. None was copied from a board of ours.
 """
 
+import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from federated.updates import clean_metrics
-from plumbing.telemetry import THROTTLED_BITS, Telemetry, detail
+from plumbing.board import THROTTLED_BITS, Telemetry, available_memory
 
 OFF = object()  # a sensor without power: its file opens, reading it fails with EAGAIN
 ROOT = Path(__file__).resolve().parent.parent
@@ -322,7 +322,7 @@ def test_garbage_in_any_file_gives_no_exception_and_no_absurd_value(board, data)
 def test_start_forgets_an_earlier_peak_of_memory():
     """In a process of its own, so that the tests' memory does not count."""
     code = """
-from plumbing.telemetry import Telemetry
+from plumbing.board import Telemetry
 def peak(): return Telemetry().measure()["peak_ram_mb"]
 quiet = peak()
 block = bytearray(b"x" * 200_000_000); del block
@@ -343,82 +343,69 @@ else:
 
 
 def test_importing_it_costs_neither_torch_nor_grpc():
-    code = "import sys, plumbing.telemetry; print(*sys.modules)"
+    code = "import sys, plumbing.board; print(*sys.modules)"
     run = [sys.executable, "-c", code]
     modules = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert not {"torch", "grpc", "flwr", "numpy"} & set(modules.split())
 
 
-DEVICE = {
-    "name": "device 0",
-    "num_examples": 24992,
-    "seconds": 38.213,
-    "bytes_sent": 248_500,
-    "bytes_received": 248_600,
-    "metrics": {
-        "loss": 1.2,
-        "seconds": 37.9,
-        "images_per_second": 654.3,
-        "peak_ram_mb": 412.0,
-        "cpu_temperature": 61.8,
-        "throttled": "under-voltage, throttled",
-        "throttled_since_boot": "under-voltage, throttled",
-    },
+# Free memory: what the kernel says of the board, and the limits of containers and services.
+
+MEMINFO = "MemTotal: 931768 kB\nMemFree: 1024 kB\nMemAvailable: 500000 kB\nSwapFree: 102396 kB\n"
+BOARD = (500_000 * 1024, 102_396 * 1024)
+LIMIT = {
+    "memory.max": "314572800",
+    "memory.current": "104857600",
+    "memory.stat": "anon 94371840\nactive_file 1\ninactive_file 4194304",
 }
 
 
-def test_a_detail_line_shows_what_a_pi_reports():
-    assert detail(DEVICE) == (
-        "  device 0     24,992 images    38.2 s     654 images/s    412 MB RAM   62 °C"
-        "    0.25 MB down    0.25 MB up  under-voltage, throttled"
-    )
-
-
-def test_a_detail_line_shows_what_a_jetson_reports():
-    metrics = {
-        "images_per_second": 8123,
-        "peak_ram_mb": 1930.5,
-        "cpu_temperature": 49.0,
-        "gpu_temperature": 48.6,
-        "power_watts": 14.27,
+def cgroup(folder, **files):
+    return {
+        f"sys/fs/cgroup/{folder}/{name}": content for name, content in {**LIMIT, **files}.items()
     }
-    assert detail({**DEVICE, "name": "device 1", "metrics": metrics}) == (
-        "  device 1     24,992 images    38.2 s   8,123 images/s  1,930 MB RAM   49 °C"
-        "  GPU  49 °C   14.3 W    0.25 MB down    0.25 MB up"
-    )
 
 
-def test_a_detail_line_tells_earlier_throttling_from_throttling_now():
-    metrics = {"throttled": "", "throttled_since_boot": "frequency capped"}
-    assert detail({"name": "device 2", "metrics": metrics}).endswith("  earlier: frequency capped")
-    assert detail({"name": "device 2", "metrics": {"throttled": ""}}).strip() == "device 2"
+def swap(limit, usage):
+    return {"memory.swap.max": limit, "memory.swap.current": usage}
 
 
-def test_a_detail_line_stays_a_line_whatever_a_device_calls_its_state():
-    line = detail({"name": "device 2", "metrics": {"throttled": "very " * 200}})
-    assert line.endswith("very very ") and len(line) < 80
-
-
-@pytest.mark.parametrize("metrics", [None, {}, 5, "x", [], {"loss": 1.0}])
-def test_a_detail_line_without_telemetry_has_what_the_server_saw(metrics):
-    line = detail({**DEVICE, "metrics": metrics})
-    assert " ".join(line.split()) == "device 0 24,992 images 38.2 s 0.25 MB down 0.25 MB up"
-
-
-TEXT = st.text("under-voltage, é", max_size=1000)
-ANY = st.one_of(st.none(), st.booleans(), st.integers(-(10**400), 10**400), st.floats(), TEXT)
-LINE = re.compile(
-    r"  device 0  "
-    r"(  +-?[0-9,]+(\.[0-9]+)? (images|s|images/s|MB RAM|°C|W|MB down|MB up)|  GPU +-?[0-9]+ °C)*"
-    r"(  (earlier: )?[-, a-zé]{1,60})?"
+@pytest.mark.parametrize(
+    "tree, expected",
+    [
+        ({}, BOARD),
+        (cgroup("", **{"memory.max": "max"}), BOARD),
+        (cgroup(""), (209_715_200 + 4_194_304, BOARD[1])),
+        (cgroup("", **swap("0", "0")), (213_909_504, 0)),
+        (cgroup("", **swap("max", "5")), (213_909_504, BOARD[1])),
+        (cgroup("", **{"memory.current": "914572800"}), (0, BOARD[1])),
+        (
+            {"proc/self/cgroup": "0::/system.slice/x.service", **cgroup("system.slice")},
+            (213_909_504, BOARD[1]),
+        ),
+        ({"proc/self/cgroup": "0::/other", **cgroup("system.slice")}, BOARD),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/docker/1f\n1:name=systemd:/docker/1f",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "314572800",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "104857600",
+                "sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 4194304",
+            },
+            (213_909_504, BOARD[1]),
+        ),
+        (cgroup("", **{"memory.max": "-", "memory.stat": "inactive_file x"}), BOARD),
+    ],
 )
+def test_free_memory_is_the_least_of_the_board_and_its_limits(tmp_path, tree, expected):
+    plant(tmp_path, {"proc/meminfo": MEMINFO, **tree})
+    assert available_memory(tmp_path) == expected
 
 
-@given(
-    st.fixed_dictionaries({}, optional={name: ANY for name in DEVICE if name != "name"}),
-    st.fixed_dictionaries({}, optional=dict.fromkeys([*KINDS, "images_per_second"], ANY)),
-)
-def test_no_word_of_a_device_breaks_its_detail_line(entry, metrics):
-    line = detail({**entry, "name": "device 0", "metrics": metrics})
-    assert LINE.fullmatch(line)
-    assert len(line) < 300
+def test_free_memory_is_unknown_without_the_kernels_files(tmp_path):
+    assert available_memory(tmp_path) == (math.inf, math.inf)
+
+
+def test_free_memory_of_this_machine_is_a_number():
+    ram, swap = available_memory()
+    assert 1e6 < ram < 1e15
+    assert 0 <= swap < 1e15
