@@ -393,17 +393,31 @@ class _Round:
         while True:
             self._wait_for_devices(more)
             idle = [d for d in self.fleet.idle() if d.cid not in self.excluded]
-            fresh = [device for device in idle if device.cid not in self.avoided]
-            training = self.strategy.begin(
+            if training := self._choose(idle, attempt):
+                return training
+            more = len(idle) + 1
+
+    def _choose(self, idle: Sequence[Device], attempt: int) -> "Training | None":
+        """Let the strategy sample; where others are idle, none that failed in this round."""
+
+        def begin(devices: Sequence[Device], at_least: int = 0) -> "Training | None":
+            return self.strategy.begin(
                 self.server_round,
                 self.weights,
                 self.plan.config(self.server_round),
-                fresh if len(fresh) >= max(self.plan.min_sample_size, more) else idle,
+                devices,
                 f"{self.plan.seed} {self.server_round} {attempt}",
+                at_least,
             )
-            if training is not None:
-                return training
-            more = len(idle) + 1
+
+        training = begin(idle)
+        failed = [device for device in idle if device.cid in self.avoided]
+        if training is None or not failed:
+            return training
+        count = len(training.requests)  # as many as if nobody had failed
+        training.roll_back()
+        fresh = [device for device in idle if device.cid not in self.avoided]
+        return begin([*fresh, *failed[: max(0, count - len(fresh))]], count)
 
     def _wait_for_devices(self, more: int) -> None:
         """Handle events until `min_num_clients` are connected and enough of them are idle.

@@ -190,7 +190,7 @@ def test_interrupted_server_drops_its_round_and_devices_wait_for_it(
         assert ended < 5
         assert "Traceback" not in process.output
         assert process.lines[-1] == (
-            f"server.py: interrupted; devices wait. To go on after round {server_round - 1}: "
+            f"server.py: interrupted; devices wait. To continue after round {server_round - 1}: "
             f"python server.py --resume {run}"
         )
         assert round_of_checkpoint(run) == server_round - 1
