@@ -132,8 +132,8 @@ class Identity:
         begin, end = self.certificate.not_valid_before_utc, self.certificate.not_valid_after_utc
         if keys.now() < begin:
             raise NotYet(
-                f"this device's clock shows {keys.now():%Y-%m-%d %H:%M} UTC, its certificate begins "
-                f"at {begin:%Y-%m-%d %H:%M}; waiting for the time to be set"
+                f"this device's clock shows {keys.now():%Y-%m-%d %H:%M} UTC, its certificate "
+                f"begins at {begin:%Y-%m-%d %H:%M}; waiting for the time to be set"
             )
         if keys.now() > end:
             raise Refused(
