@@ -131,7 +131,7 @@ if [[ $data_dir != synthetic* && ! -d $data_dir/train && ! -d $data_dir/cifar-10
   pids=()
   problem=$(tail -n 1 "$scratch/out")
   if ((code == 3)); then
-    echo "${problem#utils.py: }; going on with synthetic images"
+    echo "${problem#utils.py: }; using synthetic images"
     data_dir=synthetic
   elif ((code)); then
     echo "$problem" >&2

@@ -226,7 +226,7 @@ def test_exception_in_training_is_told_and_three_in_a_row_leave_a_device_out(
     assert "left\n" not in server.output
     counts = [(len(m["devices"]), m["sampled"]) for m in rounds_of(tmp_path / "run")]
     assert counts == [(1, 3), (1, 3), (2, 3), (1, 2), (2, 2), (2, 2)]
-    assert "fit failed, the server is told: NameError" in always.output
+    assert "fit failed, reported to the server: NameError" in always.output
     record_fault(
         "exception in a device's training",
         "out of memory, a broken file, a NameError in utils.py",

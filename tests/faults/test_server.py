@@ -322,7 +322,7 @@ def test_full_disk_keeps_the_last_good_checkpoint_and_is_tried_again_each_round(
     record_fault(
         "disk full",
         "file system of 1 MB filled after round 1, room made after round 3",
-        "told each round, the last good checkpoint intact, training goes on; nothing is missing "
+        "told each round, the last good checkpoint intact, training continues; nothing is missing "
         "at the end",
         stock="writes nothing at all",
     )
