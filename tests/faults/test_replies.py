@@ -154,7 +154,8 @@ def bad_tensors() -> dict[str, tuple[list[bytes], str]]:
     return {
         "NaN": ([npy(nan), *rest], "conv1.weight has 1 non-finite values"),
         "infinity": ([npy(inf), *rest], "conv1.weight has 2 non-finite values"),
-        "one array less": (rest, "9 arrays for a model that has 10"),
+        "one array less": (good[:-1], "9 arrays for a model that has 10"),
+        "without the first array": (rest, "conv1.weight is float32 (6,), not float32 (6, 3, 5, 5)"),
         "one array more": ([*good, npy(bias)], "11 arrays for a model that has 10"),
         "no arrays": ([], "0 arrays for a model that has 10"),
         "another shape": (

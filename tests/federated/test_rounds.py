@@ -576,6 +576,15 @@ def test_device_that_sends_next_to_nothing_makes_no_outlier_of_the_others():
     assert run.dropped == []
 
 
+def test_device_that_returns_the_model_unchanged_makes_no_outlier_of_the_others():
+    fleet = MemoryFleet({"0": adding(0), "1": in_turn(silent, adding(0.5))})
+    run = Run(fleet, rounds=2, timeout=0.1)
+    steps = synchronous(fleet, run.strategy, small_model(), run.plan, None, run.events.append)
+    assert counted(next(steps)) == ["device 0"]  # all that is known then is an update of 0
+    fleet.free("1")
+    assert counted(next(steps)) == ["device 0", "device 1"]
+
+
 def test_device_that_claims_far_more_examples_than_usual_counts_in_part_and_is_named():
     fleet = MemoryFleet(
         {"0": adding(1, 100), "1": adding(1, 100), "2": adding(4, 1_000_000)},
