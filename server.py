@@ -284,7 +284,7 @@ def open_run(
 
 
 def run(settings: RunSettings, args: argparse.Namespace) -> None:
-    """Tell the whole story: wait, train round by round, save."""
+    """The whole run: wait, train round by round, save."""
     check_args(settings, args)
     gate = open_gate(args)
     task = Task(settings, args.data_dir)

@@ -196,7 +196,7 @@ def load_data(
 
     `data_dir` is a folder with `train/<class>/*` and `test/<class>/*`, or one that holds
     CIFAR-10 in `cifar-10-batches-py`; with `download` CIFAR-10 is fetched into it first.
-    "synthetic" (or "synthetic:2000" for so many training images) needs no folder at all.
+    "synthetic" (or "synthetic:2000", with 2,000 training images) needs no folder at all.
 
     Raises:
         FederationError: nothing usable is there.
@@ -411,7 +411,7 @@ def _decode(path: Path, image_size: int) -> np.ndarray:
         image = image.convert("RGB")
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), reducing_gap=2.0)
-    if "exif" in image.info:  # a phone says which way is up
+    if "exif" in image.info:  # a phone notes which way is up
         image = ImageOps.exif_transpose(image)
     return np.asarray(image).transpose(2, 0, 1)
 
@@ -430,7 +430,7 @@ def class_names(data_dir: Path, split: str) -> list[str]:
     if len(folders[split]) < 2:
         raise FederationError(
             f"'{data_dir / split}' has {len(folders[split])} class folder(s) "
-            f"({', '.join(folders[split]) or 'none'}); at least 2 are needed to tell apart"
+            f"({', '.join(folders[split]) or 'none'}); at least 2 are needed"
         )
     if len(folders) == 2 and folders["train"] != folders["test"]:
         odd = sorted(set(folders["train"]) ^ set(folders["test"]))
@@ -569,9 +569,6 @@ class Progress(NamedTuple):
     seconds: float  # since the training began
 
 
-WEIGHTS, ACTIVATIONS, REST = 6, 1.3, 20e6  # see `training_bytes`
-
-
 @dataclass(frozen=True)
 class Training:
     """What local training did."""
@@ -644,38 +641,6 @@ def train(
         steps=step,
         seconds=time.perf_counter() - began,
     )
-
-
-def training_bytes(net: nn.Module, data: ImageSet, batch_size: int, device: str = "cpu") -> int:
-    """Estimate the memory that a device's first round of training takes beyond the present.
-
-    What autograd saves for the backward pass is counted for two images; it grows with the batch.
-    Three factors are fitted to peaks of `client.py` on x86-64 (not measured on Arm): ACTIVATIONS
-    covers gradients and workspaces beside what is saved, WEIGHTS the flattened weights, gradients,
-    velocities and the weights received and sent, REST the code and buffers of the first step.
-    With batches of 32, the estimate and the real increase of the resident memory were, in MB:
-    Net 24 and 12, PiNet 25 and 13, ResNet18 484 and 463.
-    """
-    net.to(device).train()
-    buffers = [b.clone() for b in net.buffers()]  # BatchNorm's statistics, which the pass moves
-    images = normalise(data.images[:2].to(device))
-    own = {t.untyped_storage().data_ptr() for t in net.state_dict().values()}
-    saved: dict[int, int] = {}
-
-    def count(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()  # which several saved tensors may share
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        output = net(images)
-    activations = sum(saved.values()) * batch_size / len(images)
-    del output  # the graph kept the storages alive, so that no two had one address
-    for buffer, before in zip(net.buffers(), buffers, strict=True):
-        buffer.copy_(before)
-    weights = sum(t.nbytes for t in net.state_dict().values())
-    return int(WEIGHTS * weights + ACTIVATIONS * activations + REST)
 
 
 @dataclass(frozen=True)

@@ -308,7 +308,7 @@ def synchronous(
 
 
 class NoModel(Exception):
-    """An attempt brings no new model; the message says why, if that is not known already."""
+    """An attempt brings no new model; the message gives the reason if it is not known already."""
 
     def __init__(self, reason: str = "", blameless: bool = False) -> None:
         super().__init__(reason)
@@ -426,6 +426,8 @@ class _Round:
         """
         shown: Waiting | None = None
         while True:
+            while event := self.fleet.wait(0):  # since the last round, or with its last result
+                self.observe(event)
             devices = self.fleet.devices.values()
             states = [d.state for d in devices if d.cid not in self.excluded]
             able = len(states) - states.count("left out") - states.count("gone")

@@ -274,7 +274,7 @@ class Training:
         """
         flower = self.strategy.flower
         if self.strategy.needs_only_mean:
-            moved = self._moved({n: self.deltas.mean(n) for n in self.deltas.sums})
+            moved = self._moved((n, self.deltas.mean(n)) for n in self.deltas.sums)
             if type(flower).aggregate_train is FedAvg.aggregate_train:
                 return self._counters(moved)
         try:
@@ -293,9 +293,14 @@ class Training:
         """Give the strategy the state that it had before this round."""
         self.strategy._put_back(self.state)
 
-    def _moved(self, delta: Weights) -> Weights:
+    def _moved(self, delta: Iterable[tuple[str, np.ndarray]]) -> Weights:
         """Return the arrays of floats, moved by a delta, in their own types."""
-        return {n: (self.weights[n] + d).astype(self.weights[n].dtype) for n, d in delta.items()}
+        moved = {}
+        for name, difference in delta:
+            old = self.weights[name]
+            # Added in float64, without an array of that type for the sum.
+            moved[name] = np.add(old, difference, out=np.empty_like(old), casting="same_kind")
+        return moved
 
     def _counters(self, moved: Weights) -> Weights:
         """Return all weights: those that moved, and the rounded means of the counters."""
@@ -333,7 +338,8 @@ class Training:
             if "loss" in shown:
                 metrics["train_loss"] = update.metrics["loss"]  # as QFedAvg calls it
             metrics["num-examples"] = weight
-            replies.append(_reply(self.requests[device], self._moved(update.delta), metrics))
+            moved = self._moved(update.delta.items())
+            replies.append(_reply(self.requests[device], moved, metrics))
         return replies
 
 

@@ -65,6 +65,16 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def complaint(main: Callable[..., Any], *arguments: str) -> str:
+    """Return the one line that `main` ends with."""
+    with pytest.raises(SystemExit) as ending:
+        main(arguments)
+    line = ending.value.code
+    assert isinstance(line, str), f"exit code {line} without a message"
+    assert "\n" not in line
+    return line
+
+
 class Process:
     """A program of the project whose lines can be waited for."""
 

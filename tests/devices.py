@@ -153,7 +153,8 @@ class Adder:
     def fit(
         self, parameters: list[np.ndarray], config: dict[str, Any]
     ) -> tuple[list[np.ndarray], int, dict[str, Any]]:
-        return [np.asarray(p + self.step, p.dtype) for p in parameters], self.num_examples, {}
+        trained = [np.asarray(p + self.step, p.dtype) for p in parameters]
+        return trained, self.num_examples, {"proximal_mu": config.get("proximal_mu", -1.0)}
 
     def serve(
         self,
@@ -184,6 +185,11 @@ class Recorder:
             assert left > 0, f"not within {seconds} s; so far: {self.lines()}"
             if event := self.fleet.wait(min(left, 0.05)):
                 self.events.append(event)
+
+    def drain(self) -> None:
+        """Take the events that are there already."""
+        while event := self.fleet.wait(0):
+            self.events.append(event)
 
     def wait_for(self, count: int, seconds: float = 20) -> list[Device]:
         """Take events until so many devices are connected; return them by name."""

@@ -16,7 +16,7 @@ import safetensors.numpy
 import client
 import server
 import utils
-from tests.conftest import ROOT
+from tests.conftest import ROOT, complaint
 
 
 @pytest.fixture(autouse=True)
@@ -24,16 +24,6 @@ def keep_signal_handlers():
     old = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, old)
-
-
-def complaint(main, *arguments: str) -> str:
-    """Return the one line that `main` ends with."""
-    with pytest.raises(SystemExit) as ending:
-        main(arguments)
-    line = ending.value.code
-    assert isinstance(line, str), f"exit code {line} without a message"
-    assert "\n" not in line
-    return line
 
 
 def server_complaint(tmp_path: Path, *arguments: str) -> str:

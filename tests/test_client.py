@@ -17,7 +17,6 @@ import torch
 
 import client
 import torch_trainer
-import utils
 from federated.errors import FederationError
 from plumbing.security.identity import open_identity
 from tests.conftest import ROOT
@@ -300,7 +299,7 @@ config = dict(partition="none", num_partitions=1, batch_size=batch_size, server_
 settings = Settings.from_config(config, default_lr=utils.LR)
 trainer.prepare(settings)
 before = megabytes("VmRSS")
-needed = utils.training_bytes(trainer.net, trainer.data, batch_size) / 1e6
+needed = torch_trainer.training_bytes(trainer.net, trainer.data, batch_size) / 1e6
 weights = trainer.get_weights()  # as they come from the server, in two copies
 message = b"".join(w.tobytes() for w in weights.values())
 weights, num_examples, metrics = trainer.fit(weights, settings)
@@ -333,7 +332,9 @@ def test_estimate_leaves_the_model_as_it_was(device):
 
     net = Normed()
     before = copy.deepcopy(net.state_dict())
-    small, large = (utils.training_bytes(net, device.trainer.data, size) for size in (10, 20))
+    small, large = (
+        torch_trainer.training_bytes(net, device.trainer.data, size) for size in (10, 20)
+    )
     assert all(net.state_dict()[name].equal(value) for name, value in before.items())
     # At least the images, and the convolution's output that BatchNorm saves.
     assert large - small > 10 * 4 * (3 * 32 * 32 + 4 * 30 * 30)

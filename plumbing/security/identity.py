@@ -212,7 +212,7 @@ class Identity:
 
     @staticmethod
     def _mark(token: keys.Token) -> bytes:
-        """Return a line of a key file that tells which token brought it; PEM has comments."""
+        """Return a line of a key file that names the token it came by; PEM has comments."""
         return MARK + f"{token.mark}\n".encode()
 
 
@@ -322,15 +322,15 @@ def _pick_authority(
     raise Refused(
         f"the server at {server_address} is not the one that this device trusts: its authority is "
         f"sha256:{keys.key_hash(chain[-1])}, not sha256:{authority_hash}. Either the server was "
-        "set up anew, then join with a new --join=TOKEN; or somebody is in between"
+        "set up again, then join with a new --join=TOKEN; or somebody is in between"
     )
 
 
-def explain(server_address: str, identity: Identity | None, seconds: float) -> str:
-    """Return why no connection comes about, as far as a look at the server tells, or "".
+def connection_problem(server_address: str, identity: Identity | None, seconds: float) -> str:
+    """Return why no connection comes about, as far as the server's certificate shows, or "".
 
     Raises:
-        Refused: trying again is of no use.
+        Refused: trying again would not help.
     """
     try:
         if identity is None:

@@ -4,7 +4,7 @@ Each owner has an authority of their own, a key that signs the certificates of t
 of their devices. Nobody else is trusted, and nobody else trusts it.
 
     authority   made at the first start with --secure; its key never leaves the server's machine
-    server      a certificate for this machine's names and addresses, made anew at each start
+    server      a certificate for this machine's names and addresses, made again at each start
     device      one for a cid; the device makes the key and shows only its public half
     nobody      what a device shows before it has its own (see `nobody`)
 
@@ -58,7 +58,7 @@ PrivateKey = ec.EllipticCurvePrivateKey
 
 
 def default_keys_dir() -> Path:
-    """Return where keys are unless --keys says otherwise."""
+    """Return where keys are without --keys."""
     config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(config) / "flower-embedded"
 
@@ -233,7 +233,7 @@ def _builder(
         .not_valid_before(begin)
         .not_valid_after(end)
         .add_extension(x509.BasicConstraints(signs, 0 if signs else None), critical=True)
-        # BoringSSL, in gRPC, looks at this alone to tell who may sign certificates.
+        # BoringSSL, in gRPC, looks only at this to decide who may sign certificates.
         .add_extension(
             x509.KeyUsage(not signs, False, False, False, False, signs, signs, False, False),
             critical=True,
@@ -372,7 +372,7 @@ class Authority:
 
 
 def general_name(name: str) -> x509.GeneralName:
-    """Return what a certificate says for a host name or an IP address."""
+    """Return a certificate's entry for a host name or an IP address."""
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
@@ -453,12 +453,12 @@ class Token:
 
     def __str__(self) -> str:
         data = self.secret + bytes.fromhex(self.authority_hash)
-        data += zlib.crc32(data).to_bytes(4)  # so that a slip of the pen is told as one
+        data += zlib.crc32(data).to_bytes(4)  # so that a typing error is reported as one
         return TOKEN_PREFIX + base64.urlsafe_b64encode(data).decode().rstrip("=")
 
     @property
     def mark(self) -> str:
-        """A name for it that tells nothing of the secret."""
+        """A name for it that reveals nothing of the secret."""
         return hashlib.sha256(self.secret).hexdigest()
 
 

@@ -28,7 +28,7 @@ TURN_SECONDS = 60.0  # then the next may begin too: one slow link must not hold 
 
 
 class Turns:
-    """So many may do something at a time; a turn ends by itself after TURN_SECONDS."""
+    """At most `count` do something at a time; a turn ends by itself after TURN_SECONDS."""
 
     def __init__(self, count: int) -> None:
         self._free = asyncio.Semaphore(count)
