@@ -312,20 +312,6 @@ class Gate:
         public_key = keys.p256_key(x509.load_pem_x509_certificate(pem))
         await context.write(self.authority.sign_device(peer.cid, public_key))
 
-    @contextlib.contextmanager
-    def _wait_for(self, address: str) -> Iterator[bool]:
-        """Take a place among those that enrol; False if there is none left."""
-        where = _neighbourhood(address)
-        if self._waiting.total() >= WAITING or self._waiting[where] >= WAITING_EACH:
-            yield False
-            return
-        self._waiting[where] += 1
-        try:
-            yield True
-        finally:
-            self._waiting[where] -= 1
-            self._waiting = +self._waiting  # without those at 0
-
     def _report_problem(self, error: ListProblem) -> None:
         """Report that the list cannot be used, every PROBLEM_SECONDS at most."""
         if time.monotonic() >= self._problem_reported + PROBLEM_SECONDS:
