@@ -462,7 +462,7 @@ class Handed(MemoryFleet):
 
     def give(self, device, job, answer):
         data, pieces = answer
-        work = Work(device, job, wire.FitRequest(wire.Packed([*job.model.values()]), {}))
+        work = Work(device, job, wire.FitRequest([*job.model.values()], {}))
         self.events.append(read_reply(Reply(work, data, pieces=list(pieces))))
 
 
