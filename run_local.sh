@@ -138,7 +138,7 @@ if [[ $data_dir != synthetic* && ! -d $data_dir/train && ! -d $data_dir/cifar-10
   pids=()
   problem=$(tail -n 1 "$scratch/out")
   if ((code == 3)); then
-    echo "${problem#utils.py: }; going on with synthetic images"
+    echo "${problem#utils.py: }; using synthetic images"
     data_dir=synthetic
   elif ((code)); then
     echo "$problem" >&2
@@ -176,7 +176,7 @@ export PYTHONUNBUFFERED=1
 target=$address # 0.0.0.0 and [::] are where to listen, not where to go
 case $address in
   0.0.0.0:*) target=127.0.0.1:${address##*:} ;;
-  \[::\]:*) target=[::1]:${address##*:} ;;
+  \[::\]:*) target="[::1]:${address##*:}" ;;
 esac
 start server "$python" "$root/server.py" "${server[@]}"
 for ((cid = 0; cid < clients; cid++)); do

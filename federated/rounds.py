@@ -181,6 +181,8 @@ class Fleet(ABC):
     All of it is called in one thread.
     """
 
+    address = ""  # where devices reach it
+
     def __init__(self) -> None:
         self.devices: dict[str, Device] = {}
 
@@ -222,6 +224,9 @@ class Fleet(ABC):
     def revoked(self, devices: Sequence[Device]) -> list[Device]:
         """Return the devices whose admission the owner has taken back meanwhile."""
         return []
+
+    def close(self, run_is_over: bool) -> None:  # noqa: B027 - a fleet may have nothing to close
+        """Part from the devices: for good, or until the run goes on."""
 
     @abstractmethod
     def _start(self, device: Device, job: Job) -> None: ...

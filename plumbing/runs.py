@@ -216,7 +216,7 @@ class RunDirectory:
         except OSError as error:
             print(
                 f"round {server_round}: cannot write to '{self}' ({error.strerror}); "
-                "training goes on",
+                "training continues",
                 file=sys.stderr,
             )
 

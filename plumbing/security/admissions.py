@@ -137,7 +137,7 @@ class Admissions:
         with self._open("DEFERRED") as db:
             device = self._find(db, cid)
         if device is None or device.key_hash != key_hash:
-            return f"the key of device {cid} is not admitted here; join anew with --join=TOKEN"
+            return f"the key of device {cid} is not admitted here; join again with --join=TOKEN"
         if device.revoked is not None:
             return f"device {cid} was revoked"
         return None

@@ -319,9 +319,9 @@ class Authority:
         begin, end = self.certificate.not_valid_before_utc, self.certificate.not_valid_after_utc
         if not begin <= now() <= end:
             raise FederationError(
-                f"this machine's clock says {now():%Y-%m-%d %H:%M} UTC, the authority in '{path}' "
+                f"this machine's clock shows {now():%Y-%m-%d %H:%M} UTC, the authority in '{path}' "
                 f"is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}; set the clock, or move the "
-                "directory away and let all devices join anew"
+                "directory away and let all devices join again"
             )
 
     @property
@@ -392,7 +392,7 @@ def read_key_file(path: Path) -> tuple[PrivateKey, x509.Certificate, x509.Certif
         raise FederationError(f"cannot read the key file '{path}': {error.strerror}") from None
     except ValueError as error:
         raise FederationError(
-            f"the key file '{path}' is damaged ({error}); remove it, and join anew"
+            f"the key file '{path}' is damaged ({error}); remove it, and join again"
         ) from None
 
 
@@ -410,7 +410,7 @@ def read_authority(path: Path) -> tuple[PrivateKey, x509.Certificate]:
     except ValueError as error:
         raise FederationError(
             f"the authority '{path}' is damaged ({error}); put it back from a copy, or move the "
-            "directory away and let all devices join anew"
+            "directory away and let all devices join again"
         ) from None
     # A link may lead out of the private directory.
     if state.st_mode & 0o077 or state.st_uid not in _our_users():

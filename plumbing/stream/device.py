@@ -214,7 +214,7 @@ class _Worker:
             if not isinstance(error, FederationError):
                 traceback.print_exc()
             reason = str(error) if isinstance(error, FederationError) else repr(error)
-            logger.error(f"{request.kind} failed, the server is told: {reason}")
+            logger.error(f"{request.kind} failed, reported to the server: {reason}")
             if request.kind == "fit":
                 return wire.encode_fit_failure(reason)
             return wire.encode_evaluate_failure(reason)

@@ -156,6 +156,8 @@ class Session:
     async def _ask(self, work: Work) -> Reply:
         """Send a job and return the reply; weights are fetched when it is their turn."""
         start, sent = await self._send(work)
+        if not sent:  # nobody waited for it any more when its turn came
+            return Reply(work, None, "too late")
         answer = await self._read()
         seconds = time.monotonic() - start
         if not is_offer(answer, work.id):
