@@ -27,10 +27,11 @@ SENDING_BYTES = 32 << 20
 RECEIVING_BYTES = 96 << 20
 RECEIVING_WHOLE_BYTES = 384 << 20  # 8 of ResNet18: so many stock clients may be training
 
-# A device that has offered its update sends each chunk, and all of them on average, at this
-# rate after this time at most; else its connection is closed.
+# A device that has offered its update has to send it at this rate after this time at most, and
+# each chunk at a tenth of its own rate so far; else its connection is closed.
 STALL_SECONDS = 5.0
 MIN_BYTES_PER_SECOND = 100_000
+SLOWER = 10  # times than before
 # At this rate a turn passes on while a slow link still carries what is left.
 TURN_BYTES_PER_SECOND = 1_000_000
 
@@ -260,7 +261,8 @@ class Session:
 
         due, waited = 0, 0.0  # bytes, seconds
         for chunk in chunks:
-            silence = STALL_SECONDS + chunk.size / MIN_BYTES_PER_SECOND
+            rate = max(MIN_BYTES_PER_SECOND, due / waited / SLOWER if waited else 0)
+            silence = STALL_SECONDS + chunk.size / rate
             in_all = STALL_SECONDS + (due + chunk.size) / MIN_BYTES_PER_SECOND - waited
             data, seconds = await counting_seconds(next_reply(), min(silence, in_all))
             waited += seconds

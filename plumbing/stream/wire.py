@@ -51,7 +51,8 @@ MORE = "more"  # in a fit's config: another piece follows, do not answer yet
 # A device's update comes in chunks, so that the server sees whether there is progress: some
 # arrays, or a range of the bytes that a large one's .npy form has. These are in the config of
 # get_parameters; without them it asks for all arrays.
-CHUNK_BYTES = 1 << 18
+CHUNK_BYTES = 1 << 20
+FIRST_CHUNK_BYTES = 1 << 16  # of a larger model: whoever sends nothing is noticed soon
 FIRST, COUNT = "first", "count"  # which arrays
 SKIP, TAKE = "skip", "take"  # of the only one of them: which bytes
 
@@ -232,19 +233,23 @@ class Chunk:
 def _chunks(sizes: Sequence[int]) -> list[Chunk]:
     """Return the chunks in which arrays of such sizes travel."""
     chunks: list[Chunk] = []
-    first = total = 0
-    for index, size in enumerate([*sizes, CHUNK_BYTES + 1]):  # the last one ends what is before
-        if total and total + size > CHUNK_BYTES:
+    limit = CHUNK_BYTES if sum(sizes) <= CHUNK_BYTES else FIRST_CHUNK_BYTES
+    first = total = 0  # of the arrays that are in no chunk yet
+    for index, size in enumerate(sizes):
+        if total and total + size > limit:
             chunks.append(Chunk(first, index - first, total))
-            total = 0
-        if total == 0:
-            first = index
-        if size <= CHUNK_BYTES:
+            first, total, limit = index, 0, CHUNK_BYTES
+        if size <= limit:
             total += size
-        elif index < len(sizes):
-            for skip in range(0, size, CHUNK_BYTES):
-                left = size - skip
-                chunks.append(Chunk(index, 1, min(left, CHUNK_BYTES), skip, left <= CHUNK_BYTES))
+            continue
+        skip = 0
+        while skip < size:
+            take = min(limit, size - skip)
+            chunks.append(Chunk(index, 1, take, skip, skip + take == size))
+            skip, limit = skip + take, CHUNK_BYTES
+        first = index + 1
+    if total or not chunks:
+        chunks.append(Chunk(first, len(sizes) - first, total))
     return chunks
 
 
