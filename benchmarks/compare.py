@@ -59,7 +59,7 @@ with tempfile.TemporaryDirectory() as directory:
         begin = time.perf_counter()
         client = start("client.py", f"--server_address={{address}}", "--cid=0", "--insecure")
         try:
-            next(line for line in client.stdout if "trains on" in line)
+            next(line for line in client.stdout if "connected to" in line)
             seconds = time.perf_counter() - begin
             time.sleep(1)
             status = Path(f"/proc/{{client.pid}}/status").read_text()

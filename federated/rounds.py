@@ -181,6 +181,8 @@ class Fleet(ABC):
     All of it is called in one thread.
     """
 
+    address = ""  # where devices reach it
+
     def __init__(self) -> None:
         self.devices: dict[str, Device] = {}
 
@@ -222,6 +224,9 @@ class Fleet(ABC):
     def revoked(self, devices: Sequence[Device]) -> list[Device]:
         """Return the devices whose admission the owner has taken back meanwhile."""
         return []
+
+    def close(self, run_is_over: bool) -> None:  # noqa: B027 - a fleet may have nothing to close
+        """Part from the devices: for good, or until the run goes on."""
 
     @abstractmethod
     def _start(self, device: Device, job: Job) -> None: ...
@@ -308,7 +313,7 @@ def synchronous(
 
 
 class NoModel(Exception):
-    """An attempt brings no new model; the message says why, if that is not known already."""
+    """An attempt brings no new model; the message gives the reason if it is not known already."""
 
     def __init__(self, reason: str = "", blameless: bool = False) -> None:
         super().__init__(reason)
@@ -393,17 +398,31 @@ class _Round:
         while True:
             self._wait_for_devices(more)
             idle = [d for d in self.fleet.idle() if d.cid not in self.excluded]
-            fresh = [device for device in idle if device.cid not in self.avoided]
-            training = self.strategy.begin(
+            if training := self._choose(idle, attempt):
+                return training
+            more = len(idle) + 1
+
+    def _choose(self, idle: Sequence[Device], attempt: int) -> "Training | None":
+        """Let the strategy sample; where others are idle, none that failed in this round."""
+
+        def begin(devices: Sequence[Device], at_least: int = 0) -> "Training | None":
+            return self.strategy.begin(
                 self.server_round,
                 self.weights,
                 self.plan.config(self.server_round),
-                fresh if len(fresh) >= max(self.plan.min_sample_size, more) else idle,
+                devices,
                 f"{self.plan.seed} {self.server_round} {attempt}",
+                at_least,
             )
-            if training is not None:
-                return training
-            more = len(idle) + 1
+
+        training = begin(idle)
+        failed = [device for device in idle if device.cid in self.avoided]
+        if training is None or not failed:
+            return training
+        count = len(training.requests)  # as many as if nobody had failed
+        training.roll_back()
+        fresh = [device for device in idle if device.cid not in self.avoided]
+        return begin([*fresh, *failed[: max(0, count - len(fresh))]], count)
 
     def _wait_for_devices(self, more: int) -> None:
         """Handle events until `min_num_clients` are connected and enough of them are idle.

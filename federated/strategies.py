@@ -123,12 +123,14 @@ class Strategy:
         config: Mapping[str, Scalar],
         devices: Sequence[Device],
         seed: str = "",
+        at_least: int = 0,
     ) -> "Training | None":
         """Let the strategy choose among idle devices and change their settings.
 
         Args:
             config: the settings of this round.
             seed: for the sampling: the same seed and devices, the same choice.
+            at_least: devices to sample, where that is more than the strategy's fraction of them.
 
         Returns:
             What takes the updates, or None if it wants more devices than there are.
@@ -136,7 +138,7 @@ class Strategy:
         state = self._snapshot()
         # All that the plan asks for is here; Flower would sleep until there are more.
         self.flower.min_available_nodes = min(self.min_sample_size, len(devices))
-        self.flower.min_train_nodes = min(self.min_sample_size, len(devices))
+        self.flower.min_train_nodes = min(max(self.min_sample_size, at_least), len(devices))
         random.seed(seed)
         np.random.seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big"))
         grid = _Snapshot(devices)

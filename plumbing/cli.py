@@ -109,6 +109,8 @@ def _terminate(*_: object) -> NoReturn:
 
 def end_at_next_signal() -> None:
     """While a program cleans up, a second Ctrl-C ends it at once."""
+    if signal.getsignal(signal.SIGTERM) is not _terminate:
+        return  # not `ready`: the process is Flower's
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number))
 

@@ -26,7 +26,9 @@ from federated.rounds import (
 )
 from federated.updates import Weights, make_update
 from plumbing.report import Console
-from plumbing.stream.device import serve
+from plumbing.security.identity import Identity
+from plumbing.stream import device as transport
+from plumbing.stream import wire
 
 Answer = tuple[Weights, int] | BadReply | None  # None: nothing yet
 Reply = Callable[[Job], Answer]
@@ -131,12 +133,13 @@ class MemoryFleet(Fleet):
         return None
 
 
-class Adder:
-    """A client for plumbing.stream.device.serve that adds `step` to each weight.
+def greeting(cid: str, **properties: object) -> dict[str, Any]:
+    """Return what a device reports of itself, where a test speaks the stream by hand."""
+    return {"cid": cid, wire.VERSION: wire.PROTOCOL, **properties}
 
-    Args:
-        num_examples: how many images it claims to have seen.
-    """
+
+class Adder:
+    """What a device answers on the stream: it adds `step` to each weight."""
 
     def __init__(self, cid: str, step: float = 1.0, num_examples: int = 10) -> None:
         self.cid = cid
@@ -145,7 +148,7 @@ class Adder:
         self.connections = 0
 
     def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
-        return {"cid": self.cid, "greeted_with": config["seed"]}
+        return {"cid": self.cid, "greeted_with": config.get("seed", -1)}
 
     def fit(
         self, parameters: list[np.ndarray], config: dict[str, Any]
@@ -153,11 +156,18 @@ class Adder:
         trained = [np.asarray(p + self.step, p.dtype) for p in parameters]
         return trained, self.num_examples, {"proximal_mu": config.get("proximal_mu", -1.0)}
 
-    def serve(self, address: str, max_wait_seconds: float | None = 20) -> None:
-        def count(state: str) -> None:
+    def serve(
+        self,
+        address: str,
+        max_wait_seconds: float | None = 20,
+        identity: Identity | None = None,
+    ) -> None:
+        """Be a device in this thread, until the run is over."""
+
+        def note(state: str) -> None:
             self.connections += state.startswith("connected")
 
-        serve(address, self, count, max_wait_seconds)
+        transport.serve(address, self, note, max_wait_seconds, identity=identity)
 
 
 class Recorder:

@@ -177,7 +177,7 @@ def test_full_disk_is_told_each_round_and_ends_with_an_error(start_server, start
             run_dir=str(disk / "run"), rounds="2", min_num_clients="1", min_sample_size="1"
         )
         start_client(address, 0)
-        process.wait_for(r"round 1: cannot write .*No space left on device.*; training goes on")
+        process.wait_for(r"round 1: cannot write .*No space left on device.*; training continues")
         process.wait_for("round 2/2")
         assert process.finish() == 1
         line = re.fullmatch(

@@ -44,7 +44,7 @@ def no_turn() -> None:
 
 
 class Turns:
-    """So many may do something at a time.
+    """At most `count` do something at a time.
 
     Args:
         seconds: then a turn passes on: one slow link must not hold up a fleet. None is never.

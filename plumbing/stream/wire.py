@@ -166,7 +166,7 @@ def _read_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], Any]:
 
 
 def encode_get_properties(config: Mapping[str, Any]) -> bytes:
-    """Ask a device what it is; `config` holds the settings that it needs to say so."""
+    """Ask a device what it is; `config` holds the settings that it needs to answer."""
     message = ServerMessage()
     _fill_scalars(message.get_properties_ins.config, config)
     message.get_properties_ins.SetInParent()
@@ -262,7 +262,7 @@ def encode_get_parameters(config: Mapping[str, Any]) -> bytes:
 
 
 def encode_goodbye(pause_seconds: int = 0) -> bytes:
-    """Tell a device that the run is over, or to come back after a pause."""
+    """Dismiss a device: the run is over, or it comes back after a pause."""
     message = ServerMessage()
     message.reconnect_ins.seconds = pause_seconds
     message.reconnect_ins.SetInParent()
@@ -306,7 +306,7 @@ def decode_request(data: bytes) -> Request:
 
 
 def encode_properties_reply(properties: Mapping[str, Any]) -> bytes:
-    """Say what this device is."""
+    """Report what this device is."""
     message = ClientMessage()
     message.get_properties_res.status.code = Code.OK
     _fill_scalars(message.get_properties_res.properties, properties)
@@ -341,7 +341,7 @@ def encode_fit_reply(weights: Weights, num_examples: int, metrics: Mapping[str, 
 
 
 def encode_fit_failure(reason: str) -> bytes:
-    """Say that the training failed, and why."""
+    """Report that the training failed, and why."""
     message = ClientMessage()
     message.fit_res.status.code = Code.FIT_NOT_IMPLEMENTED  # the nearest that Flower has
     message.fit_res.status.message = reason
@@ -359,7 +359,7 @@ def encode_evaluate_reply(loss: float, num_examples: int, metrics: Mapping[str, 
 
 
 def encode_evaluate_failure(reason: str) -> bytes:
-    """Say that the evaluation failed, and why."""
+    """Report that the evaluation failed, and why."""
     message = ClientMessage()
     message.evaluate_res.status.code = Code.EVALUATE_NOT_IMPLEMENTED
     message.evaluate_res.status.message = reason
@@ -375,7 +375,7 @@ def encode_done_reply(will_reconnect: bool) -> bytes:
 
 @untrusted()
 def decode_properties_reply(data: bytes) -> Scalars | None:
-    """Return what the device says of itself; None from a client that says nothing.
+    """Return what the device reports of itself; None from a client that reports nothing.
 
     Raises:
         BadReply: the bytes are another message, or none.

@@ -213,6 +213,15 @@ def test_repeated_round_prefers_devices_that_did_not_fail():
         assert len(again) == (2 if bad in first else 0)
 
 
+def test_repeated_round_asks_as_many_devices_as_before():
+    """Also those that failed, if there are no others."""
+    devices = {cid: adding(1) for cid in "abcd"}
+    devices["b"] = in_turn(lambda job: BadReply("no"), adding(1))
+    run = Run(MemoryFleet(devices), min_sample_size=1, min_replies=4, retries=1).finish()
+    assert (run.steps[0].sampled, len(run.steps[0].contributions)) == (4, 4)
+    assert run.asked == [(1, cid) for cid in "aabbccdd"]
+
+
 def test_device_is_left_out_after_three_bad_replies_in_a_row_and_not_waited_for():
     fleet = MemoryFleet({"0": adding(1), "1": lambda job: BadReply("no")})
     run = Run(fleet, rounds=5).finish()
@@ -540,8 +549,6 @@ def test_outlier_of_a_round_is_excluded_and_the_round_repeated_without_it():
     assert name == "device 2"
     assert reason == (
         f"its update has norm {norm:.3g}, out of proportion to the others of this round"
-    )
-        reason == f"its update has norm {norm:.3g}, out of proportion to the others of this round"
     )
     assert [retry.reason for retry in run.retries] == [
         "the round is repeated without an update that is out of proportion"

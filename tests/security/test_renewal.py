@@ -209,7 +209,7 @@ def test_names_that_cannot_be_looked_up_leave_the_certificate_as_it_is(
 def test_device_whose_clock_is_behind_waits_for_the_time_to_be_set(fleet, identity):
     pair = admitted(fleet.gate, begin=HOUR, end=9 * HOUR)
     with pytest.raises(
-        FederationError, match=r"this device's clock says .* waiting for the time to be set"
+        FederationError, match=r"this device's clock shows .* waiting for the time to be set"
     ) as error:
         serve(fleet.address, identity("0", pair, fleet.gate.authority.pem), seconds=0.5)
     assert not isinstance(error.value, Refused)
@@ -219,7 +219,7 @@ def test_device_whose_certificate_has_ended_says_so_and_what_its_clock_says(flee
     pair = admitted(fleet.gate, begin=-9 * HOUR, end=-HOUR)
     with pytest.raises(
         Refused,
-        match=r"certificate of device 0 ended on .* clock says .* revoke 0\), and join anew",
+        match=r"certificate of device 0 ended on .* clock shows .* revoke 0\), and join again",
     ):
         serve(fleet.address, identity("0", pair, fleet.gate.authority.pem))
 
@@ -243,7 +243,7 @@ def test_device_behind_the_servers_certificate_waits(
         fleet = open_fleet(gate=gate)
         with pytest.raises(FederationError) as error:
             serve(fleet.address, device, seconds=0.5)
-        assert "this device's clock says" in str(error.value)
+        assert "this device's clock shows" in str(error.value)
         assert "the server's certificate is for" in str(error.value)
         assert not isinstance(error.value, Refused)
     # As after the server's own clock was set back: what it shows is made anew.
@@ -257,7 +257,7 @@ def test_authority_of_another_time_is_told(make_gate, monkeypatch):
         with monkeypatch.context() as patch:
             real = keys.now()
             patch.setattr(keys, "now", lambda real=real, y=years: real + y * 365 * keys.DAY)
-            with pytest.raises(FederationError, match=r"this machine's clock says .*; set the"):
+            with pytest.raises(FederationError, match=r"this machine's clock shows .*; set the"):
                 make_gate()
 
 

@@ -1,0 +1,264 @@
+"""What the servers of both roads share, for the models and data of utils.py.
+
+server.py runs it over the stream, flower_app.py over Flower's engine: the model and its test
+images, where a run begins, the rounds, and what it leaves on the disk.
+"""
+
+import argparse
+import json
+import platform
+import secrets
+import shlex
+import sys
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import flwr
+import torch
+
+import utils
+from federated.rounds import Fleet, Observed, Observer, Plan, Step, synchronous
+from federated.settings import RunSettings
+from federated.strategies import Strategy, make_strategy, state_of_version_1
+from federated.updates import Bounds, Weights
+from plumbing import cli
+from plumbing.checkpoints import load_checkpoint, load_weights
+from plumbing.report import Console, draw_report, print_classes, shortened, step_record
+from plumbing.runs import RunDirectory, provenance
+
+ROOT = Path(__file__).resolve().parent
+UPDATE_COPIES = 5  # at most, of a device's update in memory while Flower's strategies aggregate
+
+
+# --- The model and its test -----------------------------------------------------------
+
+
+class Task:
+    """The model that is trained, and the images that test it."""
+
+    def __init__(self, settings: RunSettings, data_dir: str | None) -> None:
+        self.data_dir = data_dir or ROOT / "data"
+        size = utils.image_size(settings.model)
+        self.testset = utils.load_data(self.data_dir, "test", size, download=data_dir is None)
+        self.net = utils.build_model(settings.model, len(self.testset.classes), settings.seed)
+        self.torch_device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def images(self) -> str:
+        return f"{len(self.testset):,} {self.testset.source}"
+
+    def evaluate(self, weights: Weights) -> dict[str, Any]:
+        """Return loss and accuracy on the test images, overall and by class."""
+        utils.set_weights(self.net, weights)
+        result = utils.test(self.net, self.testset, self.torch_device)
+        classes = self.testset.classes
+        return {
+            "loss": result.loss,
+            "accuracy": result.accuracy,
+            "class_loss": dict(zip(classes, result.class_loss, strict=True)),
+            "class_accuracy": dict(zip(classes, result.class_accuracy, strict=True)),
+            "test_images": f"{len(self.testset)} {self.testset.source}",
+        }
+
+
+@dataclass
+class Start:
+    """Where a run begins: the weights, and what a resumed run remembers."""
+
+    weights: Weights
+    finished_round: int | None = None  # None for a new run
+
+
+def open_start(
+    settings: RunSettings, args: argparse.Namespace, task: Task, strategy: Strategy, bounds: Bounds
+) -> Start:
+    """Return the first weights: random, from a file, or of the run that is resumed."""
+    weights = utils.get_weights(task.net)
+    if args.resume is not None:
+        finished_round, weights, state, memory = load_checkpoint(
+            Path(args.run_dir), weights, settings.model
+        )
+        if memory is None:  # of an older release
+            memory = {"strategy": state_of_version_1(state, list(weights))}
+        strategy.load_state(state, memory.get("strategy", {}))
+        bounds.restore(memory.get("bounds", {}))
+        return Start(weights, finished_round)
+    if args.init_weights:
+        path = Path(args.init_weights).expanduser()
+        return Start(load_weights(path, weights, settings.model))
+    return Start(weights)
+
+
+def objection_to(properties: Mapping[str, Any], model: str, classes: Sequence[str]) -> str | None:
+    """Return why a device that reports this of itself must not take part, or None."""
+    if properties.get("model") != model:
+        return (
+            f"it was started with --model {properties.get('model')}, the server with "
+            f"--model {model}; start both with the same"
+        )
+    if properties.get("classes") != json.dumps(list(classes)):
+        return (
+            f"its classes are {shortened(properties.get('classes'))}, the server's are "
+            f"{shortened(json.dumps(list(classes)))}; give both the same class folders"
+        )
+    problem = properties.get("problem")
+    return None if problem is None else str(problem)
+
+
+# --- The story ------------------------------------------------------------------------
+
+
+def make_plan(settings: RunSettings, run_id: str, start: Start, task: Task) -> Plan:
+    """Return what a round needs to know of the settings."""
+
+    def job_id(server_round: int) -> str:
+        """Return a name that no round of another run, or with other settings, has."""
+        how = repr((settings.strategy, settings.for_round(server_round)))
+        return f"{run_id}-{zlib.crc32(how.encode()):08x}-{server_round}"
+
+    return Plan(
+        rounds=settings.rounds,
+        config=lambda server_round: settings.for_round(server_round).to_config(),
+        evaluate=task.evaluate,
+        job_id=job_id,
+        first_round=(start.finished_round or 0) + 1,
+        min_num_clients=settings.min_num_clients,
+        min_sample_size=settings.sample_size,
+        min_replies=settings.min_replies,
+        timeout=settings.round_timeout or None,
+        retries=settings.round_retries,
+        seed=settings.seed,
+    )
+
+
+def open_run(
+    settings: RunSettings, args: argparse.Namespace, task: Task, start: Start, run_id: str
+) -> RunDirectory:
+    """Return the directory of this run, with its settings written."""
+    default = ROOT / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.model}"
+    config = {
+        **asdict(settings),
+        **vars(args),
+        "data_dir": str(task.data_dir),
+        "run_id": run_id,
+        "test_images": f"{len(task.testset)} {task.testset.source}",
+        "classes": task.testset.classes,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "flwr": flwr.__version__,
+        **provenance(ROOT),
+    }
+    path = Path(args.run_dir).expanduser() if args.run_dir else default
+    return RunDirectory(path, config, start.finished_round, take_free_name=not args.run_dir)
+
+
+def run(
+    settings: RunSettings,
+    args: argparse.Namespace,
+    open_fleet: Callable[[Task, int], Fleet],
+    last_call: Callable[[Fleet, RunDirectory, Observer], None] = lambda *_: None,
+    program: str = "server.py",
+    resume_command: str = "python server.py --resume {}",
+) -> None:
+    """Train round by round, and save.
+
+    Args:
+        args: data_dir, run_dir, init_weights, resume, run_id; all of it is noted in config.json.
+        open_fleet: returns the devices for a model of so many bytes.
+        last_call: what to do about devices when no round is left to do.
+        program, resume_command: printed, with the directory's name, when it is interrupted.
+    """
+    task = Task(settings, args.data_dir)
+    strategy = make_strategy(
+        settings.strategy, settings.sample_fraction, settings.sample_size, settings.lr
+    )
+    bounds = Bounds(settings.max_update_norm, settings.max_weight_ratio)
+    start = open_start(settings, args, task, strategy, bounds)
+    model_bytes = sum(array.nbytes for array in start.weights.values())
+    if not strategy.needs_only_mean:
+        size = UPDATE_COPIES * model_bytes / 1e6
+        print(f"{settings.strategy} needs all updates at once: about {size:,.1f} MB a device")
+    run_id = args.run_id or secrets.token_hex(8)
+    directory = open_run(settings, args, task, start, run_id)
+    fleet, run_is_over = None, False
+    try:
+        fleet = open_fleet(task, model_bytes)
+        console = Console(fleet.address, settings.rounds, task.testset.source)
+        observers = (console, directory.observe)
+
+        def observe(event: Observed | Step) -> None:
+            for observer in observers:
+                observer(event)
+
+        evaluation, weights = None, start.weights
+        if start.finished_round is None:
+            directory.save(0, weights)
+        else:
+            print(f"resuming {directory} after round {start.finished_round}")
+        for step in synchronous(
+            fleet, strategy, weights, make_plan(settings, run_id, start, task), bounds, observe
+        ):
+            weights, evaluation = step.weights, step.evaluation
+            observe(step)
+            save_round(directory, settings, strategy, bounds, step)
+        if evaluation is None:
+            evaluation = task.evaluate(weights)
+            print(f"all rounds are done; for more of them: --rounds {settings.rounds + 3}")
+            last_call(fleet, directory, observe)
+        run_is_over = True
+    except BaseException as error:
+        what = "stopped" if isinstance(error, Exception) else "interrupted"
+        print_how_to_resume(directory, f"{program}: {what}", resume_command)
+        raise
+    finally:
+        cli.end_at_next_signal()
+        if fleet:
+            fleet.close(run_is_over)
+    print_results(settings, task, directory, weights, evaluation)
+
+
+def save_round(
+    directory: RunDirectory, settings: RunSettings, strategy: Strategy, bounds: Bounds, step: Step
+) -> None:
+    """Write what a finished round leaves on the disk."""
+    arrays, rest = strategy.state()
+    row = {
+        "server_round": step.server_round,
+        **step.evaluation,
+        "lr": settings.for_round(step.server_round).lr,
+        **step_record(step),
+    }
+    memory = {"strategy": rest, "bounds": bounds.state()}
+    directory.save(step.server_round, step.weights, arrays, row, memory)
+
+
+def print_how_to_resume(directory: RunDirectory, what: str, command: str) -> None:
+    """Print the command that continues a run, unless there is nothing to continue."""
+    hint = (
+        "No round was finished: its directory is removed"
+        if directory.abandon()
+        else f"To continue after round {directory.saved_round}: "
+        + command.format(shlex.quote(str(directory)))
+    )
+    # One write, which the fleet's thread cannot print into.
+    print(f"{what}; devices wait. {hint}\n", end="", file=sys.stderr)
+
+
+def print_results(
+    settings: RunSettings,
+    task: Task,
+    directory: RunDirectory,
+    weights: Weights,
+    evaluation: Mapping[str, Any],
+) -> None:
+    """Print and save how good the model is."""
+    print_classes(evaluation)
+    print(f"\ntest accuracy {100 * evaluation['accuracy']:.1f} % on {task.images}")
+    directory.finish(weights)
+    title = f"{settings.model}, {settings.strategy}, tested on {task.images}"
+    draw_report(directory.path / "report.png", title, directory.rounds())
+    print(f"model in {directory}/model.safetensors, curves in {directory}/report.png")
