@@ -16,10 +16,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
-import numpy as np
 
 from federated.errors import BadReply, FederationError
 from federated.rounds import (
@@ -62,6 +61,8 @@ M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 16
 WATCH_SECONDS = 1.0  # how often the owner's list is looked at for devices that were revoked
 NOTE_EVERY = 30  # of these times the list is updated with who is here
 SHORTAGE_SECONDS = 60.0  # from one line on missing file descriptors to the next
+
+T = TypeVar("T")
 
 
 class StreamFleet(Fleet):
@@ -464,7 +465,7 @@ def read_reply(reply: Reply) -> Result:
         with wire.untrusted():
             arrays, num_examples, metrics = wire.decode_fit_reply(reply.data)
             metrics.pop(wire.ROUND_ID, None)
-            received = itertools.chain(arrays, _arrays_in(reply.pieces))
+            received = itertools.chain(arrays, wire.join_chunks(_taken_from(reply.chunks)))
             update = make_update(received, job.model, num_examples, metrics)
     except BadReply as error:
         return Result(device, job, None, str(error), at_fault=True)
@@ -473,9 +474,11 @@ def read_reply(reply: Reply) -> Result:
     )
 
 
-def _arrays_in(pieces: list[bytes]) -> Iterator[np.ndarray]:
-    while pieces:  # each is freed before the next one is decoded
-        yield from wire.decode_parameters_reply(pieces.pop(0))
+def _taken_from(chunks: list[T]) -> Iterator[T]:
+    """Yield what is in a list, which each leaves: it is freed before the next one is decoded."""
+    chunks.reverse()
+    while chunks:
+        yield chunks.pop()
 
 
 def server_options(max_reply_bytes: int, keepalive_seconds: float) -> list[tuple[str, int]]:
