@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 
 from federated.errors import FederationError
-from federated.partitions import parse_partition
 from federated.rounds import Fleet, Observer
 from federated.settings import RunSettings
 from plumbing import descriptors
@@ -98,7 +97,6 @@ def parse_args(argv: Sequence[str] | None) -> tuple[RunSettings, argparse.Namesp
 def check_args(settings: RunSettings, args: argparse.Namespace) -> None:
     """Raise FederationError for values that cannot work, before anything slow is done."""
     settings.check()
-    parse_partition(settings.partition)
     descriptors.check(settings.min_num_clients)
     if args.secure and args.insecure:
         raise FederationError("--secure and --insecure exclude each other")
@@ -159,7 +157,9 @@ def serve(settings: RunSettings, args: argparse.Namespace) -> None:
         fleet = StreamFleet(
             args.server_address,
             greeting=settings.for_round(1).to_config(),
-            admit=partial(objection_to, model=settings.model, classes=task.testset.classes),
+            admit=partial(
+                objection_to, model=settings.model, classes=task.testset.classes, form=task.form
+            ),
             model_bytes=model_bytes,
             gate=gate,
             stock_address=args.unauthenticated_address,

@@ -1,5 +1,6 @@
 """The Trainer of client.py for the models and data of utils.py."""
 
+import hashlib
 import os
 import sys
 import zlib
@@ -12,8 +13,8 @@ import torch
 
 import utils
 from federated.errors import FederationError
-from federated.partitions import parse_partition, partition
-from federated.settings import Settings
+from federated.partitions import partition
+from federated.settings import Settings, parse_partition
 from plumbing.board import available_memory
 
 WEIGHTS, ACTIVATIONS, REST = 6, 1.3, 20e6  # see `training_bytes`
@@ -27,6 +28,7 @@ class TorchTrainer:
     """
 
     lr = utils.LR
+    source = hashlib.sha256(Path(utils.__file__).read_bytes()).hexdigest()
 
     def __init__(
         self, cid: str, model: str, data_dir: str | Path, device: str, download: bool = False

@@ -5,6 +5,7 @@ read names, types, defaults, ranges and help from it. Settings are what a device
 in one round, as they cross the wire with their types.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -99,6 +100,7 @@ class RunSettings:
                 raise FederationError(f"--{declared.name} {value:g} is {_range(limits)}")
             if not math.isfinite(value):
                 raise FederationError(f"--{declared.name} {value} is not finite")
+        parse_partition(self.partition)
         if 0 < self.round_timeout <= self.round_seconds:
             raise FederationError(
                 f"--round_timeout {self.round_timeout:g} leaves no time to reply after "
@@ -192,6 +194,25 @@ class Settings:
             values[declared.name] = value
         values.setdefault("lr_end", values["lr"])
         return cls(**values)
+
+
+def parse_partition(scheme: str) -> tuple[str, float]:
+    """Return ("auto", 0), ("iid", 0), ("none", 0) or ("dirichlet", ALPHA) for `scheme`.
+
+    Raises:
+        FederationError: no such scheme.
+    """
+    kind, _, value = scheme.partition(":")
+    if kind in ("auto", "iid", "none") and not value:
+        return kind, 0.0
+    if kind == "dirichlet":
+        with contextlib.suppress(ValueError):
+            if 1e-6 <= (alpha := float(value)) <= 1e6:  # beyond, doubles fail and nothing changes
+                return kind, alpha
+    raise FederationError(
+        f"no partition '{scheme}'; choose auto, iid, none or dirichlet:0.5 "
+        "(any number from 1e-6 to 1e6)"
+    )
 
 
 def underscored(config: Mapping[str, Any]) -> dict[str, Any]:

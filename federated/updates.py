@@ -1,5 +1,6 @@
 """What a device brings back, and what it must be before it may touch the global model."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,14 @@ class Update:
     metrics: Mapping[str, Scalar] = field(default_factory=dict)
     counters: Weights = field(default_factory=dict)
     norm: float = 0.0
+
+
+def fingerprint(weights: Weights) -> str:
+    """Return a line on the model's form: how large it is, and a hash of names, shapes, types."""
+    form = [(name, array.shape, array.dtype.str) for name, array in weights.items()]
+    numbers = sum(array.size for array in weights.values())
+    digest = hashlib.sha256(repr(form).encode()).hexdigest()[:12]
+    return f"{len(form)} arrays of {numbers:,} numbers, sha256:{digest}"
 
 
 def make_update(

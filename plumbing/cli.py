@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from federated.errors import FederationError
+from federated.settings import RunSettings
 
 NEEDED = ("numpy", "grpc", "google.protobuf", "torch")
 
@@ -173,3 +174,21 @@ def given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[st
     blank = argparse.Namespace(**{action.dest: unset for action in parser._actions})
     found, _ = parser.parse_known_args(argv, blank)
     return {name for name, value in vars(found).items() if value is not unset}
+
+
+def main() -> None:
+    """Check the settings among a run's flags: `python3 -m plumbing.cli FLAGS`, no package needed.
+
+    run_local.sh does so before it installs any. Other flags are left alone.
+    """
+    parser = Parser(prog="run_local.sh", usage="./run_local.sh --help", add_help=False)
+    parser.add_settings(RunSettings)
+    found, _ = parser.parse_known_args()
+    try:
+        RunSettings(**vars(found)).check()
+    except FederationError as error:
+        sys.exit(f"run_local.sh: {error}")
+
+
+if __name__ == "__main__":
+    main()

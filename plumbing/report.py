@@ -33,9 +33,13 @@ class Console:
         address: where devices reach the server.
         rounds: of the run.
         tested_on: kind of the test images; synthetic ones are named in every result.
+        source: the SHA-256 of the server's utils.py; devices with another one are named.
     """
 
-    def __init__(self, address: str, rounds: int, tested_on: str) -> None:
+    def __init__(
+        self, address: str, rounds: int, tested_on: str, source: str | None = None
+    ) -> None:
+        self.source = source
         self.address = address
         self.rounds = rounds
         self.where = f" ({tested_on})" if tested_on == SYNTHETIC else ""
@@ -47,7 +51,8 @@ class Console:
     def _lines(self, event: Observed | Step) -> list[str]:
         match event:
             case Joined(device):
-                return [shortened(f"{device.name} joined: {device_summary(device)}", 299)]
+                joined = f"{device.name} joined: {device_summary(device)}"
+                return [shortened(joined, 299), *self._code(device)]
             case Left(device):
                 return [f"{device.name} left"]
             case Notice(text):
@@ -75,6 +80,16 @@ class Console:
             case Step():
                 return self._step(event)
         return []
+
+    def _code(self, device: Device) -> list[str]:
+        """Return a warning if the device trains with other code than the server tests with."""
+        theirs = device.properties.get("source", self.source)
+        if theirs == self.source or not self.source:
+            return []
+        return [
+            f"warning: {device.name} trains with another utils.py (sha256:{str(theirs)[:12]}) than "
+            f"this server's (sha256:{self.source[:12]}); give both the same, unless that is meant"
+        ]
 
     def _waiting(self, waiting: Waiting) -> str:
         shown = f"{waiting.connected} connected"

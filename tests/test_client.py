@@ -222,6 +222,7 @@ class Mean:
     """A trainer of one number: the mean of the numbers that it has."""
 
     model, names, classes, device, lr = "mean", ["mean"], ["a", "b"], "cpu", 1.0
+    source = "5eed"
 
     def describe(self):
         return "the mean of 3 numbers"
@@ -243,6 +244,8 @@ def test_another_trainer_is_served_without_importing_torch():
     device = client.Client("0", Mean())
     properties = device.get_properties({})
     assert (properties["images"], properties["data"]) == (3, "3 numbers, all of them")
+    assert properties["source"] == "5eed"
+    assert properties["weights"].startswith("1 arrays of 1 numbers, sha256:")
     weights, num_examples, metrics = device.fit([np.ones(1)], {"lr": 0.5})
     assert (weights, num_examples, metrics["loss"]) == ([3.0], 3, 0.5)
     assert device.evaluate([np.full(1, 2.0)], {}) == (2.0, 3, {})

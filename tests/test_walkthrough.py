@@ -237,3 +237,43 @@ def test_client_gives_up_after_max_wait_seconds(start_client):
     assert (
         "for 1 s, giving up (connection refused); is server.py running there?" in client.lines[-1]
     )
+
+
+OTHER_NET = """
+import sys, runpy, torch_trainer, utils
+class Net(utils.Net):
+    def __init__(self, num_classes=10):
+        super().__init__(num_classes)
+        {change}
+utils.MODELS["Net"] = Net
+torch_trainer.TorchTrainer.source = "c0ffee" * 10 + "beef"
+sys.argv = ["client.py", *sys.argv[1:]]
+import client
+client.main()
+"""
+
+
+def test_other_code_under_the_same_name_is_refused_or_named(start_server, launch, start_client):
+    server, address = start_server(rounds="1")
+    flags = [f"--server_address={address}", "--data_dir=synthetic:400", "--cid=1"]
+
+    def client_with(change):
+        return launch(sys.executable, "-c", OTHER_NET.format(change=change), *flags, cwd=ROOT)
+
+    wider = client_with("self.fc1 = utils.nn.Linear(400, 121); self.fc2 = utils.nn.Linear(121, 84)")
+    assert wider.finish() == 1
+    problem = (
+        r"its Net has 10 arrays of 62,491 numbers, sha256:\w{12}, the server's "
+        r"10 arrays of 62,006 numbers, sha256:\w{12}; give both the same utils.py"
+    )
+    assert re.search(problem, wider.output)
+    server.wait_for("refused device 1: " + problem)
+
+    same_form = client_with("pass")
+    server.wait_for(
+        r"warning: device 1 trains with another utils.py \(sha256:c0ffeec0ffee\) "
+        r"than this server's \(sha256:\w{12}\)"
+    )
+    start_client(address, 0)
+    assert (server.finish(), same_form.finish()) == (0, 0)
+    assert "warning: device 0" not in server.output

@@ -106,7 +106,12 @@ def client_complaint(tmp_path, *arguments: str) -> str:
         (["--join=abc"], "--join is neither a token (join1_…, as server.py prints it) nor a file"),
         (["--join=join1_"], "--join is no token: it must be as server.py prints it"),
         (["--join=join1_" + "A" * 70], "a character of it is wrong or missing"),
-        (["--join=join1_a b"], "--join is no token"),
+        (["--join=join1_a b"], "the token of --join has spaces or line breaks; leave them out"),
+        (["--server_address=0.0.0.0:80"], "use the one that server.py prints"),
+        (
+            ["--server_address=http://a:80"],
+            "begins with the name of a protocol; leave it out: a:80",
+        ),
         (["--join="], "--join is neither a token"),
         (["--join=/"], "--join is neither a token"),
         (["--join=/dev/null"], "--join is no token"),
