@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import ctypes
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from plumbing.runs import load_config, newest_run
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_FLWR = (1, 41)  # whose Fleet API is HTTP and that has the options used here
+APP = "flower_app.py: "  # before what the app reports
 NO_INTERNET = 3  # exit code of utils.py
 START_SECONDS = 90  # for a SuperLink to listen; a loaded Raspberry Pi takes 40
 END_SECONDS = 10  # for what was started to end by itself
@@ -49,7 +49,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     others = {"cid": "client.py", "server_address": "server.py", "secure": "server.py"}
-    parser = cli.Parser(description=__doc__, others=others)
+    parser = cli.Parser(prog="run_engine.sh", description=__doc__, others=others)
     parser.flag("nodes", "nodes that take part", 2, metavar="N")
     parser.switch("superlink", "a SuperLink and SuperNodes, not a simulation")
     parser.flag("port", "where the SuperLink listens; 0 takes a free one", 0, metavar="PORT")
@@ -90,8 +90,11 @@ def check_args(args: argparse.Namespace) -> RunSettings:
     if tuple(map(int, version.split(".")[:2])) < OLDEST_FLWR:
         wanted = ".".join(map(str, OLDEST_FLWR))
         raise FederationError(f"flwr {version} is older than {wanted}; {advice}")
-    if not args.superlink and importlib.util.find_spec("ray") is None:
-        raise FederationError(f"a simulation needs Ray, which flwr[simulation] brings; {advice}")
+    if not args.superlink:
+        try:
+            importlib.metadata.version("ray")
+        except importlib.metadata.PackageNotFoundError:
+            raise FederationError(f"a simulation needs flwr[simulation]; {advice}") from None
     return settings
 
 
@@ -268,13 +271,28 @@ def run(args: argparse.Namespace) -> None:
                 command += ["--federation-config", resources]
             flwr = processes.start("run", *command, stdout=subprocess.PIPE)
             assert flwr.stdout
-            for line in flwr.stdout:
-                print(line, end="")
+            problem = pass_on(flwr.stdout)
         finally:
             processes.end()
     model = run_dir / "model.safetensors"
-    if not (model.exists() and model.stat().st_mtime >= started):
-        raise FederationError("the run has not finished; the reason is above")
+    if problem or not (model.exists() and model.stat().st_mtime >= started):
+        raise FederationError(problem or "the run has not finished; the reason is above")
+
+
+def pass_on(lines: Iterable[str]) -> str:
+    """Print what the run prints; return the line with which the app ended it, if there is one.
+
+    After that line Flower prints where in the code it was raised, which is left out.
+    """
+    problem = ""
+    for line in lines:
+        if line.startswith(APP):
+            if problem:
+                print(problem)
+            problem = line.removeprefix(APP).strip()
+        elif not problem:
+            print(line, end="")
+    return problem
 
 
 def main(argv: Sequence[str] | None = None) -> None:

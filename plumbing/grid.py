@@ -238,10 +238,10 @@ def _content(message: Message) -> dict[str, Any]:
     if message.has_error():
         lines = (message.error.reason or "no reason").strip().splitlines()
         raise BadReply(f"its ClientApp failed ({lines[-1]})")
-    records = message.content
+    records: Any = message.content
     found: dict[str, Any] = {}
     for record in (*records.config_records.values(), *records.metric_records.values()):
-        found.update(record.items())
+        found |= dict(record)
     if PROBLEM in found and "cid" not in found:
         raise BadReply(str(found[PROBLEM]))
     return found
