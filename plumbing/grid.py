@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -90,7 +91,9 @@ class GridFleet(Fleet):
 
     def _start(self, device: Device, job: Job) -> None:
         if job not in self._records:
-            self._records[job] = ArrayRecord({n: Array(a) for n, a in job.model.items()})
+            self._records[job] = ArrayRecord(
+                {n: Array(np.asarray(a)) for n, a in job.model.items()}
+            )
         record = self._records[job]
         content = RecordDict({"arrays": record, "config": ConfigRecord(dict(job.config))})
         request = Request(self._names[device.cid], job, time.monotonic(), record.count_bytes())
@@ -216,7 +219,10 @@ def read_result(device: Device, job: Job, request: Request, message: Message) ->
     try:
         with untrusted():
             metrics = _content(message)
-            [record] = message.content.array_records.values()
+            records = list(message.content.array_records.values())
+            if len(records) != 1:
+                raise BadReply(f"its reply holds {len(records)} models")
+            [record] = records
             if list(record) != list(job.model):
                 raise BadReply(f"{len(record)} arrays with other names than the model's")
             num_examples: Any = metrics.pop("num-examples", None)
