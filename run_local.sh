@@ -4,9 +4,9 @@
 #   ./run_local.sh                                  two clients, three rounds, Net
 #   ./run_local.sh --rounds 5 --model ResNet18      arguments go to server.py
 #   ./run_local.sh --secure                         with TLS, and keys for this run alone
-#   ./run_local.sh --resume runs/20260101-120000-Net   go on with a run: its model, data, clients
+#   ./run_local.sh --resume runs/20260101-120000-Net   continue a run: its model, data, clients
 #
-# As many clients as --min_num_clients says. CIFAR-10 from --data_dir (default: data/),
+# As many clients as --min_num_clients. CIFAR-10 from --data_dir (default: data/),
 # downloaded if it is not there; without Internet synthetic images, named as such. With
 # --secure --keys DIR all keys stay in DIR, the clients' beside the server's.
 [ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # sh run_local.sh
@@ -57,7 +57,7 @@ die() {
   exit 1
 }
 
-# absolute PATH: so that a run goes on from any directory
+# absolute PATH: so that a run can be continued from any directory
 absolute() {
   local path=$1
   [[ $path != \~/* ]] || path=$HOME/${path:2}
@@ -131,7 +131,7 @@ if [[ $data_dir != synthetic* && ! -d $data_dir/train && ! -d $data_dir/cifar-10
   pids=()
   problem=$(tail -n 1 "$scratch/out")
   if ((code == 3)); then
-    echo "${problem#utils.py: }; going on with synthetic images"
+    echo "${problem#utils.py: }; using synthetic images"
     data_dir=synthetic
   elif ((code)); then
     echo "$problem" >&2
@@ -189,7 +189,7 @@ while kill -0 "${pids[0]}" 2>/dev/null; do
   sleep 0.2
 done
 wait "${pids[0]}" || exit
-for _ in {1..50}; do # clients that were told of the end need a moment
+for _ in {1..50}; do # clients need a moment to end
   kill -0 "${pids[@]:1}" 2>/dev/null || break
   sleep 0.1
 done

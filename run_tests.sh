@@ -15,5 +15,5 @@ bin=$(dirname "$python")
 "$bin/mypy"
 "$bin/shellcheck" -x ./*.sh plumbing/*.sh .ci/run tests/docker/run
 "$bin/hadolint" Dockerfile base_images/*/Dockerfile
-# Four at a time even on two cores: many tests wait for a while, for a timeout say.
+# Four at a time even on two cores: many tests only wait, for a timeout for example.
 exec "$python" -m pytest --numprocesses=4 --dist=worksteal "$@"

@@ -193,7 +193,7 @@ def load_decoded(
 
 
 class ProgressBar:
-    """A line on a terminal that tells how far the training is; nothing elsewhere."""
+    """A line on a terminal that shows the progress of the training; nothing elsewhere."""
 
     def __init__(self) -> None:
         self.shown = 0.0
@@ -214,7 +214,7 @@ def choose_device(wanted: str) -> str:
     """Return "cpu" or "cuda" for --device.
 
     A GPU counts once it has multiplied two matrices: a torch that was built for other GPUs
-    says that it is available all the same, and fails at the first kernel.
+    reports it as available all the same, and fails at the first kernel.
     """
     if wanted == "cpu":
         return "cpu"

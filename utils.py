@@ -196,7 +196,7 @@ def load_data(
 
     `data_dir` is a folder with `train/<class>/*` and `test/<class>/*`, or one that holds
     CIFAR-10 in `cifar-10-batches-py`; with `download` CIFAR-10 is fetched into it first.
-    "synthetic" (or "synthetic:2000" for so many training images) needs no folder at all.
+    "synthetic" (or "synthetic:2000", with 2,000 training images) needs no folder at all.
 
     Raises:
         FederationError: nothing usable is there.
@@ -411,7 +411,7 @@ def _decode(path: Path, image_size: int) -> np.ndarray:
         image = image.convert("RGB")
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), reducing_gap=2.0)
-    if "exif" in image.info:  # a phone says which way is up
+    if "exif" in image.info:  # a phone notes which way is up
         image = ImageOps.exif_transpose(image)
     return np.asarray(image).transpose(2, 0, 1)
 
@@ -430,7 +430,7 @@ def class_names(data_dir: Path, split: str) -> list[str]:
     if len(folders[split]) < 2:
         raise FederationError(
             f"'{data_dir / split}' has {len(folders[split])} class folder(s) "
-            f"({', '.join(folders[split]) or 'none'}); at least 2 are needed to tell apart"
+            f"({', '.join(folders[split]) or 'none'}); at least 2 are needed"
         )
     if len(folders) == 2 and folders["train"] != folders["test"]:
         odd = sorted(set(folders["train"]) ^ set(folders["test"]))

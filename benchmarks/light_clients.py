@@ -9,7 +9,6 @@ Flower client. With --trouble 0.1 each is cut off, silent or sends rubbish in a 
 
 import argparse
 import asyncio
-import contextlib
 import json
 import random
 import sys
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anyw
 
 import utils
 from plumbing.stream import wire
-from plumbing.stream.device import JOIN
+from plumbing.stream.device import JOIN, REFUSALS
 
 PAUSE_SECONDS = 1.0  # before a device that was cut off comes back
 OPTIONS = [
@@ -52,9 +51,16 @@ class Fleet:
         self.encoded: dict[Any, bytes] = {}
 
     def greeting(self, cid: str) -> bytes:
-        said = {"cid": cid, "model": self.model, "classes": self.classes}
         return wire.encode_properties_reply(
-            {**said, "board": "simulated", "images": 100, wire.PIECES: True}
+            {
+                "cid": cid,
+                "model": self.model,
+                "classes": self.classes,
+                "board": "simulated",
+                "images": 100,
+                wire.PIECES: True,
+                wire.VERSION: wire.PROTOCOL,
+            }
         )
 
     def mishap(self, cid: str, server_round: int) -> str:
@@ -93,10 +99,15 @@ MISHAPS = [
 async def live(address: str, cid: str, fleet: Fleet) -> None:
     """Be one device until the run is over."""
     while True:
-        with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
+        try:
             async with grpc.aio.insecure_channel(address, OPTIONS) as channel:
                 if await converse(channel, cid, fleet):
                     return
+        except grpc.RpcError as error:
+            if error.code() in REFUSALS:
+                sys.exit(f"light_clients.py: the server refuses device {cid}: {error.details()}")
+        except asyncio.CancelledError:
+            pass
         await asyncio.sleep(PAUSE_SECONDS)
 
 

@@ -6,7 +6,7 @@
 One server and its clients, a process each, over loopback. The clients return the weights
 that came, so a round is two transfers per client and an average. The sides take turns:
 
-    ours    server.run_round over plumbing.stream.fleet.Fleet; plumbing.stream.device.serve
+    ours    federated.rounds.synchronous over a StreamFleet; plumbing.stream.device.serve
     stock   flwr.server.start_server; flwr.client.start_client
     tls     ours with --secure: TLS 1.3, and a key of its own for each client
 
@@ -173,41 +173,33 @@ def our_server(
     results: Connection,
     directory: Path | None,
 ) -> None:
-    import server
     import utils
+    from federated.rounds import Plan, synchronous
+    from federated.strategies import make_strategy
     from plumbing.security.gate import Gate
-    from plumbing.stream import wire
-    from plumbing.stream.fleet import Fleet
+    from plumbing.stream.fleet import StreamFleet
 
-    net = utils.build_model(model)
-    names, weights = list(net.state_dict()), list(utils.get_weights(net).values())
-
-    def two_requests(server_round: int) -> dict[str, Any]:
-        """Let the devices offer their weights, as in a run."""
-        return {**settings(server_round), wire.ROUND_ID: f"round {server_round}"}
-
-    strategy = server.make_strategy(
-        "FedAvg", **{**strategy_settings(clients), "on_fit_config_fn": two_requests}
-    )
-    fleet = Fleet(
+    weights = utils.get_weights(utils.build_model(model))
+    fleet = StreamFleet(
         address,
         greeting=settings(0),
         admit=lambda properties: None,
-        announce=lambda device, event: None,
-        refuse=lambda who, reason: print(f"refused {who}: {reason}"),
-        model_bytes=sum(w.nbytes for w in weights),
-        gate=Gate(directory, lambda: ["127.0.0.1"], tell=print) if directory else None,
+        model_bytes=sum(array.nbytes for array in weights.values()),
+        gate=Gate(directory, lambda: ["127.0.0.1"]) if directory else None,
     )
-    starts = []
-    fleet.wait_for(clients)
-    for server_round in range(1, rounds + 1):
+    plan = Plan(
+        rounds,
+        settings,
+        evaluate=lambda weights: {"loss": 0.0},
+        min_num_clients=clients,
+        min_sample_size=clients,
+        min_replies=clients,
+    )
+    strategy = make_strategy("FedAvg", 1.0, clients, 0.02)
+    starts = [time.perf_counter()]
+    for step in synchronous(fleet, strategy, weights, plan):
+        assert len(step.contributions) == clients, step.dropped
         starts.append(time.perf_counter())
-        new_weights, record = server.run_round(
-            server_round, weights, names, strategy, fleet, f"round {server_round}"
-        )
-        assert new_weights is not None and len(record["devices"]) == clients, record
-        weights = new_weights
-    starts.append(time.perf_counter())
     results.send(starts)
     fleet.close(run_is_over=True)
 
@@ -244,7 +236,11 @@ def stock_server(
     logging.getLogger("flwr").setLevel(logging.ERROR)
     weights = list(utils.get_weights(utils.build_model(model)).values())
     strategy = Stamped(
-        **strategy_settings(clients), initial_parameters=ndarrays_to_parameters(weights)
+        fraction_evaluate=0.0,
+        min_fit_clients=clients,
+        min_available_clients=clients,
+        on_fit_config_fn=settings,
+        initial_parameters=ndarrays_to_parameters(weights),
     )
     # One round more, whose start is the end of the last one timed.
     start_server(
@@ -266,15 +262,6 @@ SIDES = {
     "stock": (stock_server, stock_client),
     "tls": (our_server, our_client),
 }
-
-
-def strategy_settings(clients: int) -> dict[str, Any]:
-    return {
-        "fraction_evaluate": 0.0,
-        "min_fit_clients": clients,
-        "min_available_clients": clients,
-        "on_fit_config_fn": settings,
-    }
 
 
 def settings(server_round: int) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""The one exception tree: what a person can mend, told in one line."""
+"""The one exception tree: what a person can correct, each with a message of one line."""
 
 
 class FederationError(Exception):
-    """Something that the person at the keyboard can mend; the message says how."""
+    """Something that the user can correct; the message states how."""
 
 
 class BadReply(FederationError):
-    """A device's reply that must not be used; the message says why."""
+    """A device's reply that must not be used; the message gives the reason."""
 
 
 class Refused(FederationError):
@@ -14,4 +14,4 @@ class Refused(FederationError):
 
 
 class NotYet(FederationError):
-    """There is no server that this device can use for now; the message says why."""
+    """There is no server that this device can use for now; the message gives the reason."""

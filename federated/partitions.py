@@ -17,7 +17,7 @@ def partition(labels: np.ndarray, num_partitions: int, scheme: str, seed: int) -
             examples by that mix (Hsu et al. 2019, arXiv:1909.06335). Small ALPHA: nearly
             one class a part; large: nearly iid. p is the mix of what earlier parts left;
             with the mix of the whole the last part would be odd even for a large ALPHA.
-            Not "auto" or "none", which say whether a device splits what it has.
+            Not "auto" or "none", which decide whether a device splits what it has.
         seed: the same seed gives the same parts on every machine.
 
     Returns:

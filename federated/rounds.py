@@ -34,8 +34,8 @@ class Device:
 
     cid: str  # unique; "?1", "?2", … for clients that do not give their name
     properties: Mapping[str, Any] = field(default_factory=dict)  # what it reports of itself
-    job: "Job | None" = None  # what it works on, also if nobody waits for that any more
-    late: bool = False  # nobody does
+    job: "Job | None" = None  # what it works on, while somebody waits for that
+    late: bool = False  # it works on what nobody waits for any more
     failures: int = 0  # bad replies in a row
     gone: str = ""  # why its connection ended
 
@@ -54,7 +54,7 @@ class Device:
         """One of gone, late, busy, left out, idle."""
         if self.gone:
             return "gone"
-        if self.job:
+        if self.job or self.late:
             return "late" if self.late else "busy"
         return "left out" if self.left_out else "idle"
 
@@ -202,7 +202,7 @@ class Fleet(ABC):
             patience: seconds, then its connection is closed if it still works on the job.
         """
         if device.job is job:
-            device.late = True
+            device.job, device.late = None, True  # it must not keep the model of its round here
         self._abandon(device, job, patience)
 
     def wait(self, timeout: float | None = None) -> Event | None:
@@ -313,7 +313,7 @@ def synchronous(
 
 
 class NoModel(Exception):
-    """An attempt brings no new model; the message says why, if that is not known already."""
+    """An attempt brings no new model; the message gives the reason if it is not known already."""
 
     def __init__(self, reason: str = "", blameless: bool = False) -> None:
         super().__init__(reason)
@@ -398,17 +398,31 @@ class _Round:
         while True:
             self._wait_for_devices(more)
             idle = [d for d in self.fleet.idle() if d.cid not in self.excluded]
-            fresh = [device for device in idle if device.cid not in self.avoided]
-            training = self.strategy.begin(
+            if training := self._choose(idle, attempt):
+                return training
+            more = len(idle) + 1
+
+    def _choose(self, idle: Sequence[Device], attempt: int) -> "Training | None":
+        """Let the strategy sample; where others are idle, none that failed in this round."""
+
+        def begin(devices: Sequence[Device], at_least: int = 0) -> "Training | None":
+            return self.strategy.begin(
                 self.server_round,
                 self.weights,
                 self.plan.config(self.server_round),
-                fresh if len(fresh) >= max(self.plan.min_sample_size, more) else idle,
+                devices,
                 f"{self.plan.seed} {self.server_round} {attempt}",
+                at_least,
             )
-            if training is not None:
-                return training
-            more = len(idle) + 1
+
+        training = begin(idle)
+        failed = [device for device in idle if device.cid in self.avoided]
+        if training is None or not failed:
+            return training
+        count = len(training.requests)  # as many as if nobody had failed
+        training.roll_back()
+        fresh = [device for device in idle if device.cid not in self.avoided]
+        return begin([*fresh, *failed[: max(0, count - len(fresh))]], count)
 
     def _wait_for_devices(self, more: int) -> None:
         """Handle events until `min_num_clients` are connected and enough of them are idle.
@@ -417,11 +431,13 @@ class _Round:
         """
         shown: Waiting | None = None
         while True:
+            while event := self.fleet.wait(0):  # since the last round, or with its last result
+                self.observe(event)
             devices = self.fleet.devices.values()
             states = [d.state for d in devices if d.cid not in self.excluded]
-            able = len(states) - states.count("left out")
+            able = len(states) - states.count("left out") - states.count("gone")
             needed = max(1, min(self.plan.min_sample_size, able), more)
-            connected = len(devices)
+            connected = sum(device.state != "gone" for device in devices)
             if connected >= self.plan.min_num_clients and states.count("idle") >= needed:
                 return
             waiting = Waiting(
@@ -495,7 +511,6 @@ class _Round:
             device.failures += at_fault
             self._drop(device, problem)
             return
-        device.failures = 0
         counted = min(update.num_examples, self.most_examples)
         if counted < update.num_examples:
             self.observe(Clipped(self.server_round, device, update.num_examples, counted))
@@ -524,21 +539,23 @@ class _Round:
 
         They are in the sum already: when one must not count, the others are asked for again.
         """
+        norms = {c.device.cid: c.norm for c in self.counted}
+        outliers = self.bounds.outliers(norms, self.weights)
+        for device in (c.device for c in self.counted):
+            device.failures = device.failures + 1 if device.cid in outliers else 0
         if revoked := self.fleet.revoked([c.device for c in self.counted]):
             for device in revoked:
                 self._drop(device, REVOKED)
-                self.excluded.add(device.cid)
+                device.gone = REVOKED  # its connection is being cut
             raise NoModel(blameless=True)
-        if not self.counted and set(self.reasons) <= {LOST, REVOKED}:
+        if not self.counted and self.reasons and set(self.reasons) <= {LOST, REVOKED}:
             raise NoModel(blameless=True)  # wait until they are back
         if len(self.counted) < self.plan.min_replies:
             raise NoModel()
-        norms = {c.device.cid: c.norm for c in self.counted}
-        if outliers := self.bounds.outliers(norms, self.weights):
+        if outliers:
             for contribution in self.counted:
                 device = contribution.device
                 if device.cid in outliers:
-                    device.failures += 1
                     self.excluded.add(device.cid)
                     self._drop(
                         device,

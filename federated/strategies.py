@@ -123,12 +123,14 @@ class Strategy:
         config: Mapping[str, Scalar],
         devices: Sequence[Device],
         seed: str = "",
+        at_least: int = 0,
     ) -> "Training | None":
         """Let the strategy choose among idle devices and change their settings.
 
         Args:
             config: the settings of this round.
             seed: for the sampling: the same seed and devices, the same choice.
+            at_least: devices to sample, where that is more than the strategy's fraction of them.
 
         Returns:
             What takes the updates, or None if it wants more devices than there are.
@@ -136,7 +138,7 @@ class Strategy:
         state = self._snapshot()
         # All that the plan asks for is here; Flower would sleep until there are more.
         self.flower.min_available_nodes = min(self.min_sample_size, len(devices))
-        self.flower.min_train_nodes = min(self.min_sample_size, len(devices))
+        self.flower.min_train_nodes = min(max(self.min_sample_size, at_least), len(devices))
         random.seed(seed)
         np.random.seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big"))
         grid = _Snapshot(devices)
@@ -272,7 +274,7 @@ class Training:
         """
         flower = self.strategy.flower
         if self.strategy.needs_only_mean:
-            moved = self._moved({n: self.deltas.mean(n) for n in self.deltas.sums})
+            moved = self._moved((n, self.deltas.mean(n)) for n in self.deltas.sums)
             if type(flower).aggregate_train is FedAvg.aggregate_train:
                 return self._counters(moved)
         try:
@@ -291,9 +293,14 @@ class Training:
         """Give the strategy the state that it had before this round."""
         self.strategy._put_back(self.state)
 
-    def _moved(self, delta: Weights) -> Weights:
+    def _moved(self, delta: Iterable[tuple[str, np.ndarray]]) -> Weights:
         """Return the arrays of floats, moved by a delta, in their own types."""
-        return {n: (self.weights[n] + d).astype(self.weights[n].dtype) for n, d in delta.items()}
+        moved = {}
+        for name, difference in delta:
+            old = self.weights[name]
+            # Added in float64, without an array of that type for the sum.
+            moved[name] = np.add(old, difference, out=np.empty_like(old), casting="same_kind")
+        return moved
 
     def _counters(self, moved: Weights) -> Weights:
         """Return all weights: those that moved, and the rounded means of the counters."""
@@ -331,7 +338,8 @@ class Training:
             if "loss" in shown:
                 metrics["train_loss"] = update.metrics["loss"]  # as QFedAvg calls it
             metrics["num-examples"] = weight
-            replies.append(_reply(self.requests[device], self._moved(update.delta), metrics))
+            moved = self._moved(update.delta.items())
+            replies.append(_reply(self.requests[device], moved, metrics))
         return replies
 
 

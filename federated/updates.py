@@ -74,7 +74,8 @@ def make_update(
             continue
         delta[name] = np.subtract(trained, received, dtype=np.float64)
         flat = delta[name].reshape(-1)
-        square = float(flat @ flat)
+        # In one thread: BLAS would start several, and wait for them where the cores are busy.
+        square = float(np.einsum("i,i->", flat, flat))
         if not math.isfinite(square):  # one pass finds NaN and infinity as well as the norm
             bad = trained.size - np.count_nonzero(np.isfinite(trained))
             raise BadReply(f"{name} has {bad} non-finite values")

@@ -19,7 +19,7 @@ def check_cid(cid: str) -> None:
 
 
 class UnknownHost(FederationError):
-    """A host name without an address; `may_pass` if that may be for want of a network."""
+    """A host name without an address; `may_pass` if the network may just be away."""
 
     def __init__(self, message: str, may_pass: bool) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ def parse_address(address: str) -> tuple[str, int]:
     ):
         raise FederationError(
             f"server address '{address}' is not HOST:PORT; "
-            "say 192.168.1.20:8080, laptop.local:8080 or [fd00::1]:8080"
+            "examples: 192.168.1.20:8080, laptop.local:8080, [fd00::1]:8080"
         )
     return host, int(port)
 
@@ -77,10 +77,10 @@ def resolve(address: str) -> list[tuple[str, int]]:
 def listening_addresses(address: str) -> list[tuple[str, int]]:
     """Return the numeric addresses of this machine that a server at `address` can take.
 
-    gRPC says only that it could not bind; a trial with a plain socket tells why.
+    gRPC reports only that it could not bind; a trial with a plain socket gives the reason.
 
     Raises:
-        FederationError: none can be taken; the message says why.
+        FederationError: none can be taken; the message gives the reason.
     """
     usable = []
     for host, port in resolve(address):
@@ -104,7 +104,7 @@ def listening_addresses(address: str) -> list[tuple[str, int]]:
     if problem == errno.EADDRNOTAVAIL:
         raise FederationError(
             f"'{host}' is not an address of this machine; "
-            f"say 0.0.0.0:{port} to listen on all that it has"
+            f"use 0.0.0.0:{port} to listen on all that it has"
         )
     raise FederationError(f"cannot listen at '{address}': {errno.errorcode.get(problem, problem)}")
 

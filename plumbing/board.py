@@ -16,7 +16,7 @@ import platform
 import re
 from pathlib import Path
 
-TEMPERATURES = (-40.0, 150.0)  # °C; beyond is a dead sensor, Tegra's say -256
+TEMPERATURES = (-40.0, 150.0)  # °C; beyond is a dead sensor, Tegra's give -256
 WATTS = (0.05, 1000.0)
 MEGABYTES = (0.1, 10_000_000.0)
 
@@ -192,7 +192,7 @@ class Telemetry:
 
 
 def _read(path: Path) -> str:
-    """Return what the file says, "" if it cannot be read.
+    """Return the file's text, "" if it cannot be read.
 
     Unbuffered: a Tegra sensor that is switched off answers EAGAIN, on which Python's buffered
     files raise TypeError.

@@ -230,12 +230,12 @@ make_images() {
     docker build --tag "$base" --label "flower-embedded.base=$checksum" \
       ${nvidia_image:+--build-arg "BASE=$nvidia_image"} \
       --file "$root/base_images/$kind/Dockerfile" "${build_options[@]}" "$root/base_images" ||
-      die "building $base failed, its last lines say why; start again when that is fixed"
+      die "building $base failed, its last lines give the reason; start again when that is fixed"
   fi
   if ! problem=$(docker build --quiet --tag "$image" --build-arg "BASE_IMAGE_TYPE=$kind" \
     --build-arg "BASE_IMAGE=$base" "${build_options[@]}" "$root" 2>&1); then
     echo "$problem" >&2
-    die "building $image failed, the lines above say why"
+    die "building $image failed, the lines above give the reason"
   fi
 }
 

@@ -216,7 +216,7 @@ class RunDirectory:
         except OSError as error:
             print(
                 f"round {server_round}: cannot write to '{self}' ({error.strerror}); "
-                "training goes on",
+                "training continues",
                 file=sys.stderr,
             )
 
@@ -432,7 +432,7 @@ def append(path: Path, data: bytes, sync: bool = True) -> None:
         except OSError:
             with contextlib.suppress(
                 OSError
-            ):  # a disk that fails altogether; the first error tells
+            ):  # a disk that fails altogether; the first error is reported
                 os.truncate(file.fileno(), size)
             raise
 
@@ -547,7 +547,7 @@ def newest_run(runs: Path) -> Path:
         with contextlib.suppress(OSError):  # removed at this instant
             files = [directory / name for name in (LAST, PREVIOUS)]
             times = [file.stat().st_mtime for file in files if file.exists()]
-            # An aborted start may have no checkpoint yet: its settings tell that it is a run.
+            # An aborted start may have no checkpoint yet: its settings show that it is a run.
             if times or (directory / "config.json").exists():
                 found.append((max(times, default=directory.stat().st_mtime), directory))
     for _, directory in sorted(found, reverse=True):

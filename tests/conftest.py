@@ -1,9 +1,12 @@
 """Real servers and clients in processes of their own, on tiny synthetic data."""
 
+import contextlib
 import os
 import queue
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -55,6 +58,16 @@ def open_fleet() -> Iterator[Callable[..., StreamFleet]]:
     for fleet in fleets:
         if not fleet.closing:
             fleet.close(run_is_over=True)
+
+
+def complaint(main: Callable[..., Any], *arguments: str) -> str:
+    """Return the one line that `main` ends with."""
+    with pytest.raises(SystemExit) as ending:
+        main(arguments)
+    line = ending.value.code
+    assert isinstance(line, str), f"exit code {line} without a message"
+    assert "\n" not in line
+    return line
 
 
 class Process:
@@ -177,3 +190,90 @@ def start_client(launch: Callable[..., Process]) -> Callable[..., Process]:
         return launch(sys.executable, ROOT / "client.py", *flags, *arguments)
 
     return start
+
+
+class Link:
+    """A stretch of network in front of a server: a TCP proxy that can be cut or fall silent."""
+
+    def __init__(self, server_address: str) -> None:
+        host, _, port = server_address.rpartition(":")
+        self.target = (host, int(port))
+        self.attempts: list[float] = []  # when somebody tried to connect
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._carries, self._connects = True, True
+        self._sockets: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def silence(self) -> None:
+        """Carry nothing any more; connections stay open, and new ones are not answered."""
+        self._carries = False
+
+    def cut(self) -> None:
+        """Reset all connections, and whoever connects anew."""
+        self._connects = False
+        self._reset_all()
+
+    def heal(self) -> None:
+        """Carry new connections; the silent ones have been given up by a router in between."""
+        self._reset_all()
+        self._carries = self._connects = True
+
+    def close(self) -> None:
+        self._connects = False
+        self._listener.close()
+        self._reset_all()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            self.attempts.append(time.monotonic())
+            self._sockets.append(near)
+            if not self._connects:
+                self._reset(near)
+            elif self._carries:
+                try:
+                    far = socket.create_connection(self.target)
+                except OSError:
+                    self._reset(near)
+                    continue
+                self._sockets.append(far)
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                if self._carries:
+                    sink.sendall(data)
+        while not self._carries:  # the end is lost like all else
+            time.sleep(0.05)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def _reset_all(self) -> None:
+        while self._sockets:
+            self._reset(self._sockets.pop())
+
+    @staticmethod
+    def _reset(end: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            end.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads it
+        end.close()
+
+
+@pytest.fixture
+def make_link() -> Iterator[Callable[[str], Link]]:
+    links: list[Link] = []
+
+    def make(server_address: str) -> Link:
+        links.append(Link(server_address))
+        return links[-1]
+
+    yield make
+    for link in links:
+        link.close()

@@ -6,27 +6,53 @@ import io
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from federated.errors import BadReply
-from federated.rounds import Device, Event, Fleet, Job, Joined, Offered, Result
+from federated.rounds import (
+    LOST,
+    Device,
+    Event,
+    Fleet,
+    Freed,
+    Job,
+    Joined,
+    Left,
+    Offered,
+    Result,
+    Resumed,
+)
 from federated.updates import Weights, make_update
 from plumbing.report import Console
+from plumbing.security.identity import Identity
+from plumbing.stream import device as transport
+from plumbing.stream import wire
 
-Reply = Callable[[Job], "tuple[Weights, int] | BadReply | None"]
+Answer = tuple[Weights, int] | BadReply | None  # None: nothing yet
+Reply = Callable[[Job], Answer]
 
 
 def adding(number: float, num_examples: int = 10) -> Reply:
-    """Return a device's answer to a job: it adds a number to every weight."""
+    """Return a device's answer to a job: it adds a number to every float, 1 to a counter."""
     return lambda job: (
-        {name: array + array.dtype.type(number) for name, array in job.model.items()},
+        {
+            name: array + array.dtype.type(number if array.dtype.kind == "f" else 1)
+            for name, array in job.model.items()
+        },
         num_examples,
     )
 
 
 def silent(job: Job) -> None:
     """Never answer."""
+
+
+def in_turn(*replies: Reply) -> Reply:
+    """Return the answers of one reply after the other; the last one's from then on."""
+    left = list(replies)
+    return lambda job: (left.pop(0) if len(left) > 1 else left[0])(job)
 
 
 @dataclass
@@ -57,9 +83,26 @@ class MemoryFleet(Fleet):
     def revoked(self, devices: Iterable[Device]) -> list[Device]:
         return [device for device in devices if device.cid in self.revoked_cids]
 
-    def _start(self, device: Device, job: Job) -> None:
-        self.asked.append((device.cid, job))
-        answer = self.replies[device.cid](job)
+    def settle(self) -> None:
+        """Take all events now."""
+        while self.events:
+            self.wait()
+
+    def leave(self, cid: str, reason: str = LOST) -> None:
+        self.events.append(Left(self.devices[cid], reason))
+
+    def come_back(self, cid: str, job: Job) -> None:
+        """Join again with a job that was lost, and give what was trained."""
+        device = self.join(cid)
+        self.events.append(Resumed(device, job))
+        self.give(device, job, self.replies[cid](job))
+
+    def free(self, cid: str) -> None:
+        """End a job that nobody waits for any more."""
+        self.events.append(Freed(self.devices[cid]))
+
+    def give(self, device: Device, job: Job, answer: Answer) -> None:
+        """Let the schedule have a device's answer to a job."""
         if answer is None:
             return
         self.events.append(Offered(device, job))
@@ -68,11 +111,15 @@ class MemoryFleet(Fleet):
             return
         weights, num_examples = answer
         try:
-            update = make_update(iter(weights.values()), job.model, num_examples)
+            update = make_update(weights.values(), job.model, num_examples, {"loss": 1.0})
         except BadReply as error:
             self.events.append(Result(device, job, None, str(error), at_fault=True))
             return
         self.events.append(Result(device, job, update, seconds=1.0))
+
+    def _start(self, device: Device, job: Job) -> None:
+        self.asked.append((device.cid, job))
+        self.give(device, job, self.replies[device.cid](job))
 
     def _abandon(self, device: Device, job: Job, patience: float | None) -> None:
         self.abandoned.append(device.cid)
@@ -82,7 +129,45 @@ class MemoryFleet(Fleet):
             return self.events.popleft()
         if timeout is None:
             raise AssertionError("the schedule waits for what never comes")
+        time.sleep(timeout)
         return None
+
+
+def greeting(cid: str, **properties: object) -> dict[str, Any]:
+    """Return what a device reports of itself, where a test speaks the stream by hand."""
+    return {"cid": cid, wire.VERSION: wire.PROTOCOL, **properties}
+
+
+class Adder:
+    """What a device answers on the stream: it adds `step` to each weight."""
+
+    def __init__(self, cid: str, step: float = 1.0, num_examples: int = 10) -> None:
+        self.cid = cid
+        self.step = step
+        self.num_examples = num_examples
+        self.connections = 0
+
+    def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {"cid": self.cid, "greeted_with": config.get("seed", -1)}
+
+    def fit(
+        self, parameters: list[np.ndarray], config: dict[str, Any]
+    ) -> tuple[list[np.ndarray], int, dict[str, Any]]:
+        trained = [np.asarray(p + self.step, p.dtype) for p in parameters]
+        return trained, self.num_examples, {"proximal_mu": config.get("proximal_mu", -1.0)}
+
+    def serve(
+        self,
+        address: str,
+        max_wait_seconds: float | None = 20,
+        identity: Identity | None = None,
+    ) -> None:
+        """Be a device in this thread, until the run is over."""
+
+        def note(state: str) -> None:
+            self.connections += state.startswith("connected")
+
+        transport.serve(address, self, note, max_wait_seconds, identity=identity)
 
 
 class Recorder:
@@ -100,6 +185,11 @@ class Recorder:
             assert left > 0, f"not within {seconds} s; so far: {self.lines()}"
             if event := self.fleet.wait(min(left, 0.05)):
                 self.events.append(event)
+
+    def drain(self) -> None:
+        """Take the events that are there already."""
+        while event := self.fleet.wait(0):
+            self.events.append(event)
 
     def wait_for(self, count: int, seconds: float = 20) -> list[Device]:
         """Take events until so many devices are connected; return them by name."""

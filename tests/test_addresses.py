@@ -36,7 +36,7 @@ def test_address_splits_and_joins(address, parts):
      "[::1:80", "[host]:80", "http://host:80", "a b:80", "host:8 0", "host:²"],
 )  # fmt: skip
 def test_address_of_another_form_is_quoted_back(address):
-    with pytest.raises(FederationError, match="is not HOST:PORT; say") as error:
+    with pytest.raises(FederationError, match="is not HOST:PORT; examples:") as error:
         parse_address(address)
     assert f"'{address}'" in str(error.value)
 

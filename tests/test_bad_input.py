@@ -16,7 +16,7 @@ import safetensors.numpy
 import client
 import server
 import utils
-from tests.conftest import ROOT
+from tests.conftest import ROOT, complaint
 
 
 @pytest.fixture(autouse=True)
@@ -24,16 +24,6 @@ def keep_signal_handlers():
     old = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, old)
-
-
-def complaint(main, *arguments: str) -> str:
-    """Return the one line that `main` ends with."""
-    with pytest.raises(SystemExit) as ending:
-        main(arguments)
-    line = ending.value.code
-    assert isinstance(line, str), f"exit code {line} without a message"
-    assert "\n" not in line
-    return line
 
 
 def server_complaint(tmp_path: Path, *arguments: str) -> str:
@@ -187,7 +177,7 @@ def test_full_disk_is_told_each_round_and_ends_with_an_error(start_server, start
             run_dir=str(disk / "run"), rounds="2", min_num_clients="1", min_sample_size="1"
         )
         start_client(address, 0)
-        process.wait_for(r"round 1: cannot write .*No space left on device.*; training goes on")
+        process.wait_for(r"round 1: cannot write .*No space left on device.*; training continues")
         process.wait_for("round 2/2")
         assert process.finish() == 1
         line = re.fullmatch(

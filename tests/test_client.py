@@ -442,7 +442,7 @@ def test_keys_directory_of_another_user_is_told_and_the_way_out(tmp_path):
     keys.chmod(0o700 if user == 0 else 0)
     try:
         os.seteuid(user or 65534)
-        with pytest.raises(FederationError, match=r"may not look for its key .* say --insecure"):
+        with pytest.raises(FederationError, match=r"may not look for its key .* use --insecure"):
             open_identity(keys, "0", None)
     finally:
         os.seteuid(user)

@@ -121,7 +121,7 @@ def test_without_internet_it_says_so_and_ctrl_c_leaves_nothing(launch, tmp_path,
     run = launch(
         ROOT / "run_local.sh", "--data_dir", tmp_path / "data", "--run_dir", tmp_path / "r"
     )
-    run.wait_for(r"cannot download CIFAR-10 from .*; going on with synthetic images")
+    run.wait_for(r"cannot download CIFAR-10 from .*; using synthetic images")
     run.wait_for(r"joined: .*25,000 of 50,000 synthetic images \(part \d of 2\)")
     run.wait_for("Training 1 epoch")
     os.killpg(run.popen.pid, signal.SIGINT)

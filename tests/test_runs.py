@@ -220,7 +220,7 @@ def test_failed_write_leaves_the_last_checkpoint_and_loses_no_metrics(
         run.save(2, WEIGHTS, metrics={"server_round": 2})
     said = capsys.readouterr().err
     assert "round 2: cannot write to" in said
-    assert "(No space left on device); training goes on" in said
+    assert "(No space left on device); training continues" in said
     assert (run.path / "checkpoint.safetensors").read_bytes() == good
     assert recorded_rounds(run.path) == [1]
     assert not list(run.path.glob("*.part"))

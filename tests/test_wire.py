@@ -178,8 +178,7 @@ def test_what_is_no_plain_array_is_refused(data):
 
 
 def test_flwr_reads_our_fit_request_and_we_read_flwrs():
-    tensors = [wire.pack_array(array) for array in ARRAYS.values()]
-    message = ServerMessage.FromString(wire.encode_fit(tensors, SCALARS))
+    message = ServerMessage.FromString(wire.encode_fit([*ARRAYS.values()], SCALARS))
     assert message.WhichOneof("msg") == "fit_ins"
     theirs = serde.fit_ins_from_proto(message.fit_ins)
     assert theirs.parameters.tensor_type == "numpy.ndarray"

@@ -4,7 +4,7 @@
     python3 keep_torch.py verify     afterwards; fails if torch is another one
 
 `record` writes constraints.txt, for pip, and torch.json beside this file. An old base image
-has an old Python, which has to read this file, if only to say that it is too old.
+has an old Python, which has to read this file, if only to report that it is too old.
 """
 
 import json

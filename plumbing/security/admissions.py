@@ -39,7 +39,7 @@ class NotAdmitted(FederationError):
 
 
 class ListProblem(FederationError):
-    """The list cannot be used for now: the disk is full, say. No device is to blame."""
+    """The list cannot be used for now, on a full disk for example. No device is to blame."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Admissions:
     def make_token(
         self, authority_hash: str, uses: int = TOKEN_USES, seconds: float = TOKEN_SECONDS
     ) -> Token:
-        """Open a token for so many devices and seconds."""
+        """Open a token for `uses` devices, valid for `seconds`."""
         token = Token(secrets.token_bytes(SECRET_BYTES), authority_hash)
         with self._open() as db:
             # Not those that were just used up: a device may have to ask a second time.
@@ -137,7 +137,7 @@ class Admissions:
         with self._open("DEFERRED") as db:
             device = self._find(db, cid)
         if device is None or device.key_hash != key_hash:
-            return f"the key of device {cid} is not admitted here; join anew with --join=TOKEN"
+            return f"the key of device {cid} is not admitted here; join again with --join=TOKEN"
         if device.revoked is not None:
             return f"device {cid} was revoked"
         return None
@@ -195,13 +195,13 @@ class Admissions:
     def _open(self, kind: str = "IMMEDIATE", durable: bool = True) -> Iterator[sqlite3.Connection]:
         """Yield a connection within one transaction, by default one that writes."""
         try:
-            # Not made anew if somebody removed it: an empty list would be a wrong one.
+            # Not made again if somebody removed it: an empty list would be a wrong one.
             uri = f"{self.path.absolute().as_uri()}?mode=rw"
             with (
                 descriptors.reserve.released(),
                 closing(sqlite3.connect(uri, BUSY_SECONDS, isolation_level=None, uri=True)) as db,
             ):
-                # Who is told that it is admitted must be so after a power cut, too.
+                # A device that got the answer must be admitted after a power cut, too.
                 db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
                 db.execute(f"BEGIN {kind}")
                 try:

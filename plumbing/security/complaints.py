@@ -66,7 +66,7 @@ class Refusals:
 
     def _end_period(self) -> None:
         with self._lock:
-            # A peer that goes on is only counted from now on.
+            # A peer that continues is only counted from now on.
             self._reported = Counter({peer: FIRST_LINES for peer, _ in self._counted})
             self._timer = None
             lines = self._sums()

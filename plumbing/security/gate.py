@@ -36,7 +36,7 @@ from plumbing.security.complaints import Refusals
 from plumbing.security.identity import ENROL_REQUEST
 
 WAITING = 64  # enrolments at a time
-WAITING_EACH = 8  # of them from one address; whoever comes on top is turned away
+WAITING_EACH = 8  # of them from one address; others are turned away
 PENALTY_SECONDS = 1.0  # so long the answer to a wrong token takes
 TRY_LATER = "the server cannot use its list of devices for now, try later"
 PROBLEM_SECONDS = 10.0  # from one line on a list that cannot be used to the next
@@ -54,7 +54,7 @@ def local_names(server_address: str, more: Iterable[str] = ()) -> list[str]:
         if not re.fullmatch(r"[A-Za-z0-9.:_*-]{1,253}", name):
             raise FederationError(
                 f"--names {name[:80]!a} is no host name or IP address; "
-                "say laptop.example,203.0.113.5"
+                "example: laptop.example,203.0.113.5"
             )
     host, _ = parse_address(server_address)
     name = socket.gethostname()
@@ -88,7 +88,7 @@ def _can_be_certified(name: str) -> bool:
 
 
 class _ServerCertificate:
-    """What gRPC shows to devices: asked for at each connection, made anew when need be."""
+    """What gRPC shows to devices: asked for at each connection, made again when necessary."""
 
     def __init__(self, authority: keys.Authority, names: Callable[[], list[str]]) -> None:
         self.authority = authority
@@ -117,7 +117,7 @@ class _ServerCertificate:
             assert self.certificate
             try:
                 names = set(self.names())
-            except FederationError:  # the network is away, and with it whoever knows our name
+            except FederationError:  # the network is away, and with it its name servers
                 names = set()
             if names <= self.certified and not keys.is_due(self.certificate):
                 return None
@@ -164,6 +164,27 @@ class Door(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(guarded)
 
 
+class Places:
+    """Bounds how many devices enrol at a time, in all and from one address."""
+
+    def __init__(self) -> None:
+        self.taken: Counter[str] = Counter()  # by address
+
+    @contextlib.contextmanager
+    def take(self, address: str) -> Iterator[bool]:
+        """Take a place; False if there is none left."""
+        where = _neighbourhood(address)
+        if self.taken.total() >= WAITING or self.taken[where] >= WAITING_EACH:
+            yield False
+            return
+        self.taken[where] += 1
+        try:
+            yield True
+        finally:
+            self.taken[where] -= 1
+            self.taken = +self.taken  # without those at 0
+
+
 class Gate:
     """TLS and admission for a Fleet.
 
@@ -191,9 +212,9 @@ class Gate:
         self.names = names
         self.report = report
         self._open_address = False  # whether there is one for stock clients
-        self._waiting: Counter[str] = Counter()  # enrolments by address
+        self.places = Places()
         self.refusals = Refusals(lambda line: self.report(line))
-        self._problem_told = -PROBLEM_SECONDS
+        self._problem_reported = -PROBLEM_SECONDS
         # Apart, so that devices get in while another program keeps the list from being written.
         self._reads = ThreadPoolExecutor(4, "list-read")
         self._writes = ThreadPoolExecutor(1, "list-write")
@@ -221,7 +242,7 @@ class Gate:
                 self._reads, self.admissions.objection, cid, key_hash
             )
         except ListProblem as error:
-            self._tell_problem(error)
+            self._report_problem(error)
             await context.abort(grpc.StatusCode.ABORTED, TRY_LATER)
         except FederationError as error:
             objection = str(error)
@@ -238,7 +259,7 @@ class Gate:
                 self._writes, self.admissions.note_seen, seen
             )
         except ListProblem as error:
-            self._tell_problem(error)
+            self._report_problem(error)
 
     def revoked(self, devices: Iterable[Any]) -> list[Any]:
         """Return those of the devices whose keys are not admitted any more.
@@ -248,7 +269,7 @@ class Gate:
         try:
             admitted = {(d.cid, d.key_hash) for d in self.admissions.all() if d.revoked is None}
         except ListProblem as error:
-            self._tell_problem(error)
+            self._report_problem(error)
             return []
         return [d for d in devices if d.key_hash and (d.cid, d.key_hash) not in admitted]
 
@@ -259,8 +280,8 @@ class Gate:
         somebody unknown no message is read.
         """
         address = peer_address(context)
-        with self._wait_for(address) as may_wait:
-            if not may_wait:
+        with self.places.take(address) as taken:
+            if not taken:
                 self.refusals.add(address, "too many enrolments at a time")
                 await context.abort(grpc.StatusCode.ABORTED, "too many enrol at a time, try later")
             try:
@@ -274,7 +295,7 @@ class Gate:
                     lambda: self.authority.sign_device(cid, keys.p256_key(csr)),
                 )
             except ListProblem as error:
-                self._tell_problem(error)
+                self._report_problem(error)
                 await context.abort(grpc.StatusCode.ABORTED, TRY_LATER)
             except FederationError as error:
                 self.refusals.add(address, str(error))
@@ -291,24 +312,10 @@ class Gate:
         public_key = keys.p256_key(x509.load_pem_x509_certificate(pem))
         await context.write(self.authority.sign_device(peer.cid, public_key))
 
-    @contextlib.contextmanager
-    def _wait_for(self, address: str) -> Iterator[bool]:
-        """Take a place among those that enrol; False if there is none left."""
-        where = _neighbourhood(address)
-        if self._waiting.total() >= WAITING or self._waiting[where] >= WAITING_EACH:
-            yield False
-            return
-        self._waiting[where] += 1
-        try:
-            yield True
-        finally:
-            self._waiting[where] -= 1
-            self._waiting = +self._waiting  # without those at 0
-
-    def _tell_problem(self, error: ListProblem) -> None:
+    def _report_problem(self, error: ListProblem) -> None:
         """Report that the list cannot be used, every PROBLEM_SECONDS at most."""
-        if time.monotonic() >= self._problem_told + PROBLEM_SECONDS:
-            self._problem_told = time.monotonic()
+        if time.monotonic() >= self._problem_reported + PROBLEM_SECONDS:
+            self._problem_reported = time.monotonic()
             self.report(str(error))
 
 

@@ -55,7 +55,7 @@ def open_identity(directory: Path, cid: str, join: str | None) -> "Identity | No
     except OSError as error:
         raise FederationError(
             f"user {os.getuid()} may not look for its key in '{path.parent}' "
-            f"({error.strerror}); say --insecure if it has none"
+            f"({error.strerror}); use --insecure if it has none"
         ) from None
     keys.private_directory(directory)
     if join is None:
@@ -132,14 +132,14 @@ class Identity:
         begin, end = self.certificate.not_valid_before_utc, self.certificate.not_valid_after_utc
         if keys.now() < begin:
             raise NotYet(
-                f"this device's clock says {keys.now():%Y-%m-%d %H:%M} UTC, its certificate begins "
-                f"at {begin:%Y-%m-%d %H:%M}; waiting for the time to be set"
+                f"this device's clock shows {keys.now():%Y-%m-%d %H:%M} UTC, its certificate "
+                f"begins at {begin:%Y-%m-%d %H:%M}; waiting for the time to be set"
             )
         if keys.now() > end:
             raise Refused(
                 f"the certificate of device {self.cid} ended on {end:%Y-%m-%d}, and this device's "
-                f"clock says {keys.now():%Y-%m-%d}; if that is right, take its admission back "
-                f"(server.py devices revoke {self.cid}), and join anew with --join=TOKEN"
+                f"clock shows {keys.now():%Y-%m-%d}; if that is right, take its admission back "
+                f"(server.py devices revoke {self.cid}), and join again with --join=TOKEN"
             )
 
     @property
@@ -212,7 +212,7 @@ class Identity:
 
     @staticmethod
     def _mark(token: keys.Token) -> bytes:
-        """Return a line of a key file that tells which token brought it; PEM has comments."""
+        """Return a line of a key file that names the token it came by; PEM has comments."""
         return MARK + f"{token.mark}\n".encode()
 
 
@@ -322,15 +322,15 @@ def _pick_authority(
     raise Refused(
         f"the server at {server_address} is not the one that this device trusts: its authority is "
         f"sha256:{keys.key_hash(chain[-1])}, not sha256:{authority_hash}. Either the server was "
-        "set up anew, then join with a new --join=TOKEN; or somebody is in between"
+        "set up again, then join with a new --join=TOKEN; or somebody is in between"
     )
 
 
-def explain(server_address: str, identity: Identity | None, seconds: float) -> str:
-    """Return why no connection comes about, as far as a look at the server tells, or "".
+def connection_problem(server_address: str, identity: Identity | None, seconds: float) -> str:
+    """Return why no connection comes about, as far as the server's certificate shows, or "".
 
     Raises:
-        Refused: trying again is of no use.
+        Refused: trying again would not help.
     """
     try:
         if identity is None:
@@ -358,7 +358,7 @@ def explain(server_address: str, identity: Identity | None, seconds: float) -> s
     begin, end = chain[0].not_valid_before_utc, chain[0].not_valid_after_utc
     if not begin <= keys.now() <= end:
         return (
-            f"this device's clock says {keys.now():%Y-%m-%d %H:%M} UTC, the server's certificate "
+            f"this device's clock shows {keys.now():%Y-%m-%d %H:%M} UTC, the server's certificate "
             f"is for {begin:%Y-%m-%d} to {end:%Y-%m-%d}"
         )
     return "the server hangs up on this device's certificate"

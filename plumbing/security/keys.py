@@ -4,7 +4,7 @@ Each owner has an authority of their own, a key that signs the certificates of t
 of their devices. Nobody else is trusted, and nobody else trusts it.
 
     authority   made at the first start with --secure; its key never leaves the server's machine
-    server      a certificate for this machine's names and addresses, made anew at each start
+    server      a certificate for this machine's names and addresses, made again at each start
     device      one for a cid; the device makes the key and shows only its public half
     nobody      what a device shows before it has its own (see `nobody`)
 
@@ -58,7 +58,7 @@ PrivateKey = ec.EllipticCurvePrivateKey
 
 
 def default_keys_dir() -> Path:
-    """Return where keys are unless --keys says otherwise."""
+    """Return where keys are without --keys."""
     config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(config) / "flower-embedded"
 
@@ -233,7 +233,7 @@ def _builder(
         .not_valid_before(begin)
         .not_valid_after(end)
         .add_extension(x509.BasicConstraints(signs, 0 if signs else None), critical=True)
-        # BoringSSL, in gRPC, looks at this alone to tell who may sign certificates.
+        # BoringSSL, in gRPC, looks only at this to decide who may sign certificates.
         .add_extension(
             x509.KeyUsage(not signs, False, False, False, False, signs, signs, False, False),
             critical=True,
@@ -318,9 +318,9 @@ class Authority:
         begin, end = self.certificate.not_valid_before_utc, self.certificate.not_valid_after_utc
         if not begin <= now() <= end:
             raise FederationError(
-                f"this machine's clock says {now():%Y-%m-%d %H:%M} UTC, the authority in '{path}' "
+                f"this machine's clock shows {now():%Y-%m-%d %H:%M} UTC, the authority in '{path}' "
                 f"is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}; set the clock, or move the "
-                "directory away and let all devices join anew"
+                "directory away and let all devices join again"
             )
 
     @property
@@ -372,7 +372,7 @@ class Authority:
 
 
 def general_name(name: str) -> x509.GeneralName:
-    """Return what a certificate says for a host name or an IP address."""
+    """Return a certificate's entry for a host name or an IP address."""
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
@@ -391,7 +391,7 @@ def read_key_file(path: Path) -> tuple[PrivateKey, x509.Certificate, x509.Certif
         raise FederationError(f"cannot read the key file '{path}': {error.strerror}") from None
     except ValueError as error:
         raise FederationError(
-            f"the key file '{path}' is damaged ({error}); remove it, and join anew"
+            f"the key file '{path}' is damaged ({error}); remove it, and join again"
         ) from None
 
 
@@ -409,7 +409,7 @@ def read_authority(path: Path) -> tuple[PrivateKey, x509.Certificate]:
     except ValueError as error:
         raise FederationError(
             f"the authority '{path}' is damaged ({error}); put it back from a copy, or move the "
-            "directory away and let all devices join anew"
+            "directory away and let all devices join again"
         ) from None
     # A link may lead out of the private directory.
     if state.st_mode & 0o077 or state.st_uid not in _our_users():
@@ -453,12 +453,12 @@ class Token:
 
     def __str__(self) -> str:
         data = self.secret + bytes.fromhex(self.authority_hash)
-        data += zlib.crc32(data).to_bytes(4)  # so that a slip of the pen is told as one
+        data += zlib.crc32(data).to_bytes(4)  # so that a typing error is reported as one
         return TOKEN_PREFIX + base64.urlsafe_b64encode(data).decode().rstrip("=")
 
     @property
     def mark(self) -> str:
-        """A name for it that tells nothing of the secret."""
+        """A name for it that reveals nothing of the secret."""
         return hashlib.sha256(self.secret).hexdigest()
 
 

@@ -1,6 +1,6 @@
 """The device's end of Flower's gRPC stream: wait for the server, serve it, come back.
 
-One process, one stream. `serve` returns when the server says that the run is over.
+One process, one stream. `serve` returns when the server ends the run.
 """
 
 import json
@@ -20,7 +20,7 @@ import numpy as np
 
 from federated.errors import FederationError, NotYet, Refused
 from plumbing.addresses import UnknownHost, resolve
-from plumbing.security.identity import NO_PROXY, Identity, explain
+from plumbing.security.identity import NO_PROXY, Identity, connection_problem
 from plumbing.stream import wire
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def serve(
 
     A server that is not up yet is waited for, and one that goes away is sought again,
     with exponential back-off and jitter, at most 30 s from one attempt to the next. An
-    exception in the client's `fit` or `evaluate` is told to the server, and survived.
+    exception in the client's `fit` or `evaluate` is reported to the server, and survived.
 
     Args:
         on_state: called with "connected to …" each time that the server has spoken on a
@@ -106,7 +106,7 @@ def enrol(server_address: str, identity: Identity, max_wait_seconds: float | Non
 
     def attempt(seconds: float) -> _Outcome:
         outcome = _Outcome()
-        with _told(outcome, server_address, identity, seconds):
+        with _recorded(outcome, server_address, identity, seconds):
             identity.prepare(server_address, seconds)
             outcome.done = True
         return outcome
@@ -167,7 +167,7 @@ class _Worker:
         self.offer = b""
         self.weights: list[np.ndarray] = []
         self.pieces: list[np.ndarray] = []  # of the weights in a fit that is still coming in
-        self.problem = ""  # with the last reply, to be told with the next one
+        self.problem = ""  # with the last reply, to be reported with the next one
         self.traffic = {"total_bytes_received": 0, "total_bytes_sent": 0}
 
     def answer(self, data: bytes, request: wire.Request) -> bytes | None:
@@ -203,7 +203,7 @@ class _Worker:
             if not isinstance(error, FederationError):
                 traceback.print_exc()
             reason = str(error) if isinstance(error, FederationError) else repr(error)
-            logger.error(f"{request.kind} failed, the server is told: {reason}")
+            logger.error(f"{request.kind} failed, reported to the server: {reason}")
             if request.kind == "fit":
                 return wire.encode_fit_failure(reason)
             return wire.encode_evaluate_failure(reason)
@@ -230,7 +230,7 @@ class _Outcome:
     """How one connection went."""
 
     connected: bool = False  # the server spoke
-    done: bool = False  # it said that the run is over
+    done: bool = False  # the server ended the run
     reason: str = ""  # why the connection ended
     pause_seconds: float = 0.0  # how long the server wants to be left alone
 
@@ -245,8 +245,8 @@ def _serve_once(
     """Connect, within `seconds`, and answer requests until the connection ends."""
     outcome = _Outcome()
     worker.pieces = []  # of a connection that is no more
-    with _told(outcome, server_address, identity, seconds, worker):
-        resolve(server_address)  # gRPC tells less well that a name is not known
+    with _recorded(outcome, server_address, identity, seconds, worker):
+        resolve(server_address)  # gRPC's own message on an unknown name is less clear
         timeout = max(MIN_PAUSE_SECONDS, min(HELLO_SECONDS, seconds))
         if identity:
             identity.prepare(server_address, timeout)
@@ -272,14 +272,14 @@ def _serve_once(
 
 
 @contextmanager
-def _told(
+def _recorded(
     outcome: _Outcome,
     server_address: str,
     identity: Identity | None,
     seconds: float,
     worker: _Worker | None = None,
 ) -> Iterator[None]:
-    """Put into `outcome` why a connection failed; raise what no further attempt would mend."""
+    """Put into `outcome` why a connection failed; raise what further attempts would not change."""
     try:
         yield
     except UnknownHost as error:
@@ -293,9 +293,9 @@ def _told(
             raise Refused(f"the server refuses this device: {error.details()}") from None
         outcome.reason = _plain_words(error)
         if error.code() == grpc.StatusCode.UNAVAILABLE and not outcome.connected:
-            outcome.reason = explain(server_address, identity, seconds) or outcome.reason
+            outcome.reason = connection_problem(server_address, identity, seconds) or outcome.reason
         if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and worker:
-            # The server sees a connection break. Without a word it would ask for ever.
+            # The server sees a broken connection. Without a reason it would ask for ever.
             worker.round_id, worker.weights, worker.problem = "", [], outcome.reason
 
 
@@ -336,7 +336,7 @@ def _join(
         *NO_PROXY,
         ("grpc.max_send_message_length", -1),
         ("grpc.max_receive_message_length", -1),
-        # Find out a server that fell silent, or a link that died without a word.
+        # Find out a server that fell silent, or a link that died silently.
         ("grpc.keepalive_time_ms", int(keepalive_seconds * 1000)),
         ("grpc.keepalive_timeout_ms", int(keepalive_seconds * 500)),
         # As the server's: see plumbing/stream/fleet.py.

@@ -136,9 +136,8 @@ class StreamFleet(Fleet):
 
     def _start(self, device: Device, job: Job) -> None:
         if job not in self._requests:
-            tensors = wire.Packed(list(job.model.values()))
             config = {**job.config, wire.ROUND_ID: job.id}
-            self._requests[job] = wire.FitRequest(tensors, config)
+            self._requests[job] = wire.FitRequest(list(job.model.values()), config)
         self._loop.call_soon_threadsafe(self._give, Work(device, job, self._requests[job]))
 
     def _abandon(self, device: Device, job: Job, patience: float | None) -> None:
@@ -171,7 +170,7 @@ class StreamFleet(Fleet):
 
         Args:
             run_is_over: devices end, or with --stay wait for the next run; else they come
-                back to this one after a pause, and those that train go on meanwhile.
+                back to this one after a pause, and those that train continue meanwhile.
         """
         try:
             self._call(self._stop(run_is_over))
@@ -487,7 +486,7 @@ def server_options(max_reply_bytes: int, keepalive_seconds: float) -> list[tuple
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", int(keepalive_seconds * 1000)),
         ("grpc.keepalive_timeout_ms", int(keepalive_seconds * 500)),
-        # The answer to a probe, for which gRPC waits 60 s whatever the line above says. It
+        # The answer to a probe, for which gRPC waits 60 s despite the line above. It
         # is queued behind a model: with 100 kB/s for 11 to 15 s.
         ("grpc.http2.ping_timeout_ms", int(keepalive_seconds * 1800)),
         ("grpc.http2.max_pings_without_data", 0),

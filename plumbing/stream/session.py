@@ -28,7 +28,7 @@ TURN_SECONDS = 60.0  # then the next may begin too: one slow link must not hold 
 
 
 class Turns:
-    """So many may do something at a time; a turn ends by itself after TURN_SECONDS."""
+    """At most `count` do something at a time; a turn ends by itself after TURN_SECONDS."""
 
     def __init__(self, count: int) -> None:
         self._free = asyncio.Semaphore(count)
@@ -166,7 +166,8 @@ class Session:
             if not work.request:
                 end_turn()
                 return Reply(work, None, "too late")
-            pieces = await self._fetch(work.id, work.request)
+            slices, piece_bytes = work.request.slices, work.request.piece_bytes
+            pieces = await self._fetch(work.id, slices, piece_bytes)
         except BaseException:
             end_turn()
             raise
@@ -199,16 +200,16 @@ class Session:
         elif work.request:
             yield work.request.whole
 
-    async def _fetch(self, job_id: str, request: wire.FitRequest) -> list[bytes]:
+    async def _fetch(self, job_id: str, slices: list[slice], piece_bytes: int) -> list[bytes]:
         """Return a device's weights, not decoded; whether they are complete is not known here."""
         pieces: list[bytes] = []
-        for piece in request.slices:
+        for piece in slices:
             config: dict[str, Any] = {wire.ROUND_ID: job_id}
-            if len(request.slices) > 1:
+            if len(slices) > 1:
                 config |= {wire.FIRST: piece.start, wire.COUNT: piece.stop - piece.start}
             await self.context.write(wire.encode_get_parameters(config))
             pieces.append(await self._read())
-            if len(pieces[-1]) > 2 * request.piece_bytes:
+            if len(pieces[-1]) > 2 * piece_bytes:
                 break  # not what was asked for: no more of this
         return pieces
 

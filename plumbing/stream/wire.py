@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -159,66 +159,41 @@ def _read_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], Any]:
 
 
 def encode_get_properties(config: Mapping[str, Any]) -> bytes:
-    """Ask a device what it is; `config` holds the settings that it needs to say so."""
+    """Ask a device what it is; `config` holds the settings that it needs to answer."""
     message = ServerMessage()
     _fill_scalars(message.get_properties_ins.config, config)
     message.get_properties_ins.SetInParent()
     return message.SerializeToString()
 
 
-def encode_fit(tensors: Iterable[bytes], config: Mapping[str, Any]) -> bytes:
-    """Ask a device to train from the packed arrays `tensors` with the settings `config`."""
+def encode_fit(weights: Weights, config: Mapping[str, Any]) -> bytes:
+    """Ask a device to train from `weights` with the settings `config`."""
     instruction = ServerMessage.FitIns()
     _fill_scalars(instruction.config, config)
-    return _with_tensors(ServerMessage, "fit_ins", instruction, [[data] for data in tensors])
-
-
-class Packed(Sequence[bytes]):
-    """The packed forms of some arrays, each made when it is asked for and not kept."""
-
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    @overload
-    def __getitem__(self, index: int) -> bytes: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> "Packed": ...
-
-    def __getitem__(self, index: int | slice) -> "bytes | Packed":
-        if isinstance(index, slice):
-            return Packed(self.weights[index])
-        return pack_array(self.weights[index])
+    return _with_tensors(ServerMessage, "fit_ins", instruction, map(_npy_parts, weights))
 
 
 class FitRequest:
-    """What `encode_fit` makes, for as many devices as wanted: whole, or in pieces.
+    """What `encode_fit` makes, for as many devices as wanted: whole, or in pieces."""
 
-    Args:
-        tensors: packed arrays; a sequence such as Packed need not be in memory.
-    """
-
-    def __init__(self, tensors: Sequence[bytes], config: Mapping[str, Any]) -> None:
-        self.tensors = tensors
+    def __init__(self, weights: Weights, config: Mapping[str, Any]) -> None:
+        self.weights = weights
         self.config = config
-        sizes = [len(tensor) for tensor in tensors]
-        self.slices = _pieces(sizes)  # of the tensors; what each piece has
+        sizes = [sum(map(len, _npy_parts(array))) for array in weights]
+        self.slices = _pieces(sizes)  # of the weights; what each piece has
         self.piece_bytes = max(sum(sizes[piece]) for piece in self.slices)
 
     @cached_property
     def whole(self) -> bytes:
-        return encode_fit(self.tensors, self.config)
+        return encode_fit(self.weights, self.config)
 
     def pieces(self) -> Iterator[bytes]:
         if len(self.slices) == 1:
             yield self.whole
             return
         for piece in self.slices[:-1]:
-            yield encode_fit(self.tensors[piece], {MORE: True})
-        yield encode_fit(self.tensors[self.slices[-1]], self.config)
+            yield encode_fit(self.weights[piece], {MORE: True})
+        yield encode_fit(self.weights[self.slices[-1]], self.config)
 
 
 def _pieces(sizes: Iterable[int]) -> list[slice]:
@@ -241,7 +216,7 @@ def encode_get_parameters(config: Mapping[str, Any]) -> bytes:
 
 
 def encode_goodbye(pause_seconds: int = 0) -> bytes:
-    """Tell a device that the run is over, or to come back after a pause."""
+    """Dismiss a device: the run is over, or it comes back after a pause."""
     message = ServerMessage()
     message.reconnect_ins.seconds = pause_seconds
     message.reconnect_ins.SetInParent()
@@ -285,7 +260,7 @@ def decode_request(data: bytes) -> Request:
 
 
 def encode_properties_reply(properties: Mapping[str, Any]) -> bytes:
-    """Say what this device is."""
+    """Report what this device is."""
     message = ClientMessage()
     message.get_properties_res.status.code = Code.OK
     _fill_scalars(message.get_properties_res.properties, properties)
@@ -308,7 +283,7 @@ def encode_fit_reply(weights: Weights, num_examples: int, metrics: Mapping[str, 
 
 
 def encode_fit_failure(reason: str) -> bytes:
-    """Say that the training failed, and why."""
+    """Report that the training failed, and why."""
     message = ClientMessage()
     message.fit_res.status.code = Code.FIT_NOT_IMPLEMENTED  # the nearest that Flower has
     message.fit_res.status.message = reason
@@ -326,7 +301,7 @@ def encode_evaluate_reply(loss: float, num_examples: int, metrics: Mapping[str, 
 
 
 def encode_evaluate_failure(reason: str) -> bytes:
-    """Say that the evaluation failed, and why."""
+    """Report that the evaluation failed, and why."""
     message = ClientMessage()
     message.evaluate_res.status.code = Code.EVALUATE_NOT_IMPLEMENTED
     message.evaluate_res.status.message = reason
@@ -342,7 +317,7 @@ def encode_done_reply(will_reconnect: bool) -> bytes:
 
 @untrusted()
 def decode_properties_reply(data: bytes) -> Scalars | None:
-    """Return what the device says of itself; None from a client that says nothing.
+    """Return what the device reports of itself; None from a client that reports nothing.
 
     Raises:
         BadReply: the bytes are another message, or none.

@@ -98,7 +98,6 @@ def test_late_reply_is_recognised_and_counts_in_no_round(
     server.wait_for("round 2/3  devices 1/1")
     server.wait_for("round 3/3  devices 2/2")
     assert server.finish() == 0
-    assert "device 1 is late" in server.lines
 
     # Device 0 alone adds 1 in rounds 1 and 2; both add 5.5 on average in round 3.
     assert moved_by(tmp_path / "run" / "model.safetensors") == pytest.approx(7.5, abs=1e-5)
@@ -122,7 +121,7 @@ def test_hung_device_is_hung_up_on_and_used_again_when_it_wakes(
         *("--min_sample_size=1", "--partition=none"),
     )
     (tmp_path / "round-1").touch()
-    start_device(address, "steady", "--gate", tmp_path)
+    start_device(address, "steady", "--add=0", "--gate", tmp_path)
     sleeper = start_client(address, "sleeper")
     sleeper.wait_for("Epoch took")
     began = time.monotonic()
@@ -132,7 +131,7 @@ def test_hung_device_is_hung_up_on_and_used_again_when_it_wakes(
     server.wait_for("round 1/2  devices 1/2")
     server.wait_for("device sleeper left", 20)
     assert 7 < time.monotonic() - began < 20  # 10 s from the round's beginning on
-    server.wait_for("waiting for 2 devices")  # round 2 was not begun with one alone
+    server.wait_for("waiting for 2 devices")  # round 2 does not go on with one alone
     (tmp_path / "round-2").touch()
     sleeper.signal(signal.SIGCONT)
     sleeper.wait_for("left .*the server waited too long.*next try in")
@@ -221,13 +220,13 @@ def test_exception_in_training_is_told_and_three_in_a_row_leave_a_device_out(
     assert server.finish() == 0
     assert [client.finish() for client in (good, twice, always)] == [0, 0, 0]
 
-    line = "round 3: device 2 is left out after 3 bad replies in a row, until it joins anew"
+    line = "round 3: device 2 is left out after 3 bad replies in a row, until it reconnects"
     assert line in server.lines
     assert server.output.count("joined: ") == 3  # nobody had to come back
     assert "left\n" not in server.output
     counts = [(len(m["devices"]), m["sampled"]) for m in rounds_of(tmp_path / "run")]
     assert counts == [(1, 3), (1, 3), (2, 3), (1, 2), (2, 2), (2, 2)]
-    assert "fit failed, the server is told: NameError" in always.output
+    assert "fit failed, reported to the server: NameError" in always.output
     record_fault(
         "exception in a device's training",
         "out of memory, a broken file, a NameError in utils.py",
@@ -251,7 +250,7 @@ def test_round_without_enough_good_replies_is_tried_again_and_then_the_run_can_b
     assert server.lines[-1].startswith("server.py: round 1 brought no new model in 2 attempts")
     assert "round 1: no new model from 1 good replies, attempt 1 of 2" in server.lines
     assert server.output.count("round 1: dropped device bad: conv1.weight has 450 non-finite") == 2
-    assert f"To go on after round 0: python server.py --resume {tmp_path}/run" in server.output
+    assert f"To continue after round 0: python server.py --resume {tmp_path}/run" in server.output
     assert "Traceback" not in server.output
     bad.signal(signal.SIGKILL)
     bad.finish()
@@ -262,7 +261,7 @@ def test_round_without_enough_good_replies_is_tried_again_and_then_the_run_can_b
     assert len(starts) == 1
 
     server, address = start_server("--resume", f"{tmp_path}/run", server_address=address)
-    assert f"going on with {tmp_path}/run after round 0" in server.output
+    assert f"resuming {tmp_path}/run after round 0" in server.output
     start_device(address, "bad", "--add=3")
     assert server.finish() == 0
     assert moved_by(tmp_path / "run" / "model.safetensors") == pytest.approx(4, abs=1e-5)

@@ -542,7 +542,7 @@ def test_hung_device_does_not_keep_the_weights_of_its_round():
         hung = RawDevice(fleet.address, "0", lambda request: None)
         assert fleet.wait_for(1, timeout=10)
         (device,) = fleet.all().values()
-        request = wire.FitRequest(wire.Packed([np.zeros(100)]), {wire.ROUND_ID: "r"})
+        request = wire.FitRequest([np.zeros(100)], {wire.ROUND_ID: "r"})
         kept = weakref.ref(request)
         (reply,) = fleet.exchange([(device, request)], "r", timeout=1)
         assert reply.problem == "no reply in 1 s"

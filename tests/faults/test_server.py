@@ -190,7 +190,7 @@ def test_interrupted_server_drops_its_round_and_devices_wait_for_it(
         assert ended < 5
         assert "Traceback" not in process.output
         assert process.lines[-1] == (
-            f"server.py: interrupted; devices wait. To go on after round {server_round - 1}: "
+            f"server.py: interrupted; devices wait. To continue after round {server_round - 1}: "
             f"python server.py --resume {run}"
         )
         assert round_of_checkpoint(run) == server_round - 1
@@ -322,7 +322,7 @@ def test_full_disk_keeps_the_last_good_checkpoint_and_is_tried_again_each_round(
     record_fault(
         "disk full",
         "file system of 1 MB filled after round 1, room made after round 3",
-        "told each round, the last good checkpoint intact, training goes on; nothing is missing "
+        "told each round, the last good checkpoint intact, training continues; nothing is missing "
         "at the end",
         stock="writes nothing at all",
     )

@@ -6,26 +6,35 @@ A few put it deeper into one, where changed bytes would seldom pass the lengths 
 
 import io
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import numpy as np
 from cryptography import x509
 
 from federated.errors import BadReply, FederationError
-from federated.updates import MAX_EXAMPLES, check_update, clean_metrics
+from federated.rounds import Device, Job, Result
+from federated.updates import MAX_EXAMPLES, Update, clean_metrics, make_update
 from plumbing.addresses import check_cid
 from plumbing.security import keys
 from plumbing.security.gate import read_certificate, read_enrolment
 from plumbing.security.identity import ENROL_REQUEST
 from plumbing.stream import wire
+from plumbing.stream.fleet import read_reply
+from plumbing.stream.session import Reply, Work, is_offer
 from plumbing.stream.stream_pb2 import ClientMessage
 
-MODEL = [np.arange(6, dtype=np.float32).reshape(2, 3), np.float32([0.5, -0.5]), np.array(7)]
-NAMES = ["a", "b", "steps"]
-GOOD = wire.encode_fit_reply([array + array.dtype.type(1) for array in MODEL], 10, {"loss": 1.5})
+MODEL = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b": np.float32([0.5, -0.5]),
+    "steps": np.array(7),
+}
+TRAINED = [array + array.dtype.type(1) for array in MODEL.values()]
+GOOD = wire.encode_fit_reply(TRAINED, 10, {"loss": 1.5})
+OFFER = wire.encode_fit_reply([], 10, {"loss": 1.5, wire.ROUND_ID: "1"})
 TOKEN = str(keys.Token(bytes(keys.SECRET_BYTES), "00" * 32))
-MODEL_BYTES = [array.tobytes() for array in MODEL]
+MODEL_BYTES = [array.tobytes() for array in MODEL.values()]
 
 
 def check(data: bytes) -> None:
@@ -44,7 +53,7 @@ def check(data: bytes) -> None:
     except refusal as error:
         assert str(error).isprintable(), f"a reason that is not one line: {error!r}"
         assert len(str(error)) < 1000, f"a reason of {len(str(error))} characters"
-    assert [array.tobytes() for array in MODEL] == MODEL_BYTES, "the model was changed"
+    assert [array.tobytes() for array in MODEL.values()] == MODEL_BYTES, "the model was changed"
 
 
 def greeting(data: bytes) -> None:
@@ -60,19 +69,40 @@ def greeting(data: bytes) -> None:
 
 def fit(data: bytes) -> None:
     """A fit reply: an offer, or with the weights in it."""
-    update, num_examples, metrics = wire.decode_fit_reply(data)
-    json.dumps(clean_metrics(metrics), allow_nan=False)
-    check_update(update, num_examples, MODEL, NAMES, max_norm=1e6)
+    is_offer(data, "1")
+    update = read(data, [])
     reply = ClientMessage.FromString(data).fit_res
-    assert num_examples == reply.num_examples <= MAX_EXAMPLES
+    assert update.num_examples == reply.num_examples <= MAX_EXAMPLES
     assert_same(update, reply.parameters.tensors)
 
 
 def pieces(data: bytes) -> None:
     """A parameters reply, after an offer."""
-    update = wire.decode_parameters_reply(data)
-    check_update(update, 10, MODEL, NAMES, max_norm=1e6)
+    update = read(OFFER, [data])
     assert_same(update, ClientMessage.FromString(data).get_parameters_res.parameters.tensors)
+
+
+def read(data: bytes, pieces: list[bytes]) -> Update:
+    """Return the update in a device's reply; BadReply if it has none.
+
+    `read_reply` makes a BadReply of whatever is raised in it. That nothing else is raised is
+    seen in a second reading, without it.
+    """
+    job = Job("1", 0, MODEL, {})
+    work = Work(Device("0"), job, wire.FitRequest(wire.Packed(list(MODEL.values())), {}))
+    result = read_reply(Reply(work, data, pieces=list(pieces)))
+    assert isinstance(result, Result) and result.job is job
+    if result.update is None:
+        assert result.at_fault and result.problem
+        assert result.problem.isprintable() and len(result.problem) < 1000
+        arrays, num_examples, metrics = wire.decode_fit_reply(data)
+        for piece in pieces:
+            arrays += wire.decode_parameters_reply(piece)
+        make_update(arrays, MODEL, num_examples, metrics)
+        raise AssertionError(f"a good update was refused: {result.problem}")
+    assert not result.problem and not result.at_fault
+    json.dumps(dict(result.update.metrics), allow_nan=False)
+    return result.update
 
 
 def anything(data: bytes) -> None:
@@ -94,7 +124,7 @@ def array(data: bytes) -> None:
     npy = b"\x93NUMPY\1\0" + size.to_bytes(2, "little") + header + b"\n" + content
     message = ClientMessage()
     message.fit_res.num_examples = 10
-    message.fit_res.parameters.tensors.extend([npy, *map(wire.pack_array, MODEL[1:])])
+    message.fit_res.parameters.tensors.extend([npy, *map(wire.pack_array, TRAINED[1:])])
     fit(message.SerializeToString())
 
 
@@ -128,13 +158,22 @@ def authority() -> x509.Certificate:
     return x509.load_pem_x509_certificate(keys.nobody()[1])
 
 
-def assert_same(update: list[np.ndarray], tensors: list[bytes]) -> None:
+def assert_same(update: Update, tensors: Iterable[bytes]) -> None:
     """Compare what counts as an update with what protobuf and NumPy read."""
-    for ours, data in zip(update, tensors, strict=True):
+    squares = 0.0
+    for (name, sent), data in zip(MODEL.items(), tensors, strict=True):
         theirs = np.load(io.BytesIO(data), allow_pickle=False)
+        assert (theirs.dtype, theirs.shape) == (sent.dtype, sent.shape)
+        if sent.dtype.kind == "f":
+            ours, theirs = update.delta[name], theirs.astype(float) - sent.astype(float)
+            squares += float(np.square(ours).sum())
+        else:
+            ours = update.counters[name]
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
         np.testing.assert_array_equal(ours, theirs)
         assert np.isfinite(ours).all()
+    assert update.delta.keys() | update.counters.keys() == MODEL.keys()
+    assert math.isclose(update.norm, math.sqrt(squares), rel_tol=1e-9, abs_tol=1e-300)
 
 
 TARGETS: dict[bytes, Callable[[bytes], None]] = {

@@ -77,15 +77,17 @@ def test_bytes_found_by_coverage_do_no_harm(tmp_path):
     "fault, found",
     [
         ("raise TypeError('an integer is required')", "TypeError: an integer is required"),
-        ("targets.MODEL[0][0, 0] = 1", "the model was changed"),
+        ("targets.MODEL['a'][0, 0] = 1", "the model was changed"),
     ],
 )
 def test_fuzzing_finds_a_fault_and_keeps_the_input(tmp_path, fault, found):
     program = (
         "from tests.fuzz import fuzz, targets\n"
-        "def check_update(*_, **__):\n"
+        "read_reply = targets.read_reply\n"
+        "def faulty(reply):\n"
         f"    {fault}\n"
-        "targets.check_update = check_update\n"
+        "    return read_reply(reply)\n"
+        "targets.read_reply = faulty\n"
         "fuzz.main()\n"
     )
     done = fuzz(tmp_path, "-c", program, seconds=20)

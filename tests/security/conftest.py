@@ -33,9 +33,9 @@ from plumbing.security import keys
 from plumbing.security.gate import Gate
 from plumbing.security.identity import ENROL, ENROL_REQUEST, Identity
 from plumbing.stream import device as transport
-from plumbing.stream.fleet import Fleet
+from plumbing.stream.fleet import StreamFleet
 from tests.conftest import ROOT, Process
-from tests.test_fleet import Adder
+from tests.devices import Adder, Recorder
 
 LONG = os.environ.get("LONG") == "1"
 HOUR = datetime.timedelta(hours=1)
@@ -56,23 +56,23 @@ def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:
 
 
 @pytest.fixture
-def make_gate(tmp_path: Path, told: list[str], monkeypatch) -> Callable[..., Gate]:
+def make_gate(tmp_path: Path, monkeypatch) -> Callable[..., Gate]:
     """Make a gate; those of another owner by `owner="eve"`."""
     monkeypatch.setattr(gate_module, "PENALTY_SECONDS", 0.05)
 
     def make(owner: str = "owner", names: Iterable[str] = LOCAL_NAMES) -> Gate:
-        return Gate(tmp_path / owner, lambda: list(names), told.append)
+        return Gate(tmp_path / owner, lambda: list(names))
 
     return make
 
 
 @pytest.fixture
 def open_fleet(
-    open_fleet: Callable[..., Fleet], make_gate: Callable[..., Gate]
-) -> Callable[..., Fleet]:
+    open_fleet: Callable[..., StreamFleet], make_gate: Callable[..., Gate]
+) -> Callable[..., StreamFleet]:
     """Open a secured fleet."""
 
-    def start(**options: Any) -> Fleet:
+    def start(**options: Any) -> StreamFleet:
         gate = options.pop("gate") if "gate" in options else make_gate()
         return open_fleet(**{"keepalive_seconds": 1.0, **options, "gate": gate})
 
@@ -80,8 +80,14 @@ def open_fleet(
 
 
 @pytest.fixture
-def fleet(open_fleet: Callable[..., Fleet]) -> Fleet:
+def fleet(open_fleet: Callable[..., StreamFleet]) -> StreamFleet:
     return open_fleet()
+
+
+@pytest.fixture
+def recorder(fleet: StreamFleet) -> Recorder:
+    """Take the events of `fleet`; its lines are what the owner reads."""
+    return Recorder(fleet)
 
 
 def admitted(gate: Gate, cid: str = "0", **how: Any) -> Pair:
@@ -129,7 +135,9 @@ def serve(address: str, identity: Identity | None, client: Any = None, seconds: 
 def join() -> Callable[..., threading.Thread]:
     """Be a device in a thread of its own; how it ended is in the thread's `problem`."""
 
-    def start(fleet: Fleet, identity: Identity | None, client: Any = None) -> threading.Thread:
+    def start(
+        fleet: StreamFleet, identity: Identity | None, client: Any = None
+    ) -> threading.Thread:
         def run() -> None:
             try:
                 serve(fleet.address, identity, client)
@@ -231,7 +239,7 @@ def knock(tmp_path: Path) -> Callable[..., bytes]:
     return open_tls
 
 
-def channel(fleet: Fleet, pair: Pair | None = None) -> grpc.Channel:
+def channel(fleet: StreamFleet, pair: Pair | None = None) -> grpc.Channel:
     """Return a channel to a fleet, as nobody or with a certificate."""
     assert fleet.gate
     tls = grpc.ssl_channel_credentials(fleet.gate.authority.pem, *(pair or keys.nobody()))
@@ -239,7 +247,7 @@ def channel(fleet: Fleet, pair: Pair | None = None) -> grpc.Channel:
     return grpc.secure_channel(fleet.address, tls, [("grpc.use_local_subchannel_pool", 1)])
 
 
-def hello(fleet: Fleet, pair: Pair | None = None) -> str:
+def hello(fleet: StreamFleet, pair: Pair | None = None) -> str:
     """Return what the server answers to a greeting: "ok", or why not."""
     with channel(fleet, pair) as opened:
         try:

@@ -16,6 +16,7 @@ from federated.errors import FederationError, Refused
 from plumbing.addresses import parse_address
 from plumbing.security import keys
 from plumbing.stream import device as transport
+from tests.devices import Adder
 from tests.security.conftest import (
     HOUR,
     admitted,
@@ -25,9 +26,7 @@ from tests.security.conftest import (
     rogue,
     serve,
     token_for,
-    wait_until,
 )
-from tests.test_fleet import Adder
 
 # --- What comes to the server ---
 
@@ -122,12 +121,12 @@ def test_certificate_that_is_refused_in_the_handshake(fleet, knock, bad_pair):
     assert knock(fleet.address, admitted(fleet.gate, "good"))
 
 
-def test_certificate_that_was_never_admitted_is_refused(fleet, told):
+def test_certificate_that_was_never_admitted_is_refused(fleet, recorder):
     stranger = rogue("0", signer=fleet.gate.authority)  # the owner lost the list, say
-    assert "the key of device 0 is not admitted here; join anew" in hello(fleet, stranger)
-    wait_until(lambda: told)
-    assert told == [
-        "refused 127.0.0.1: the key of device 0 is not admitted here; join anew with --join=TOKEN"
+    assert "the key of device 0 is not admitted here; join again" in hello(fleet, stranger)
+    recorder.until(recorder.lines)
+    assert recorder.lines() == [
+        "refused 127.0.0.1: the key of device 0 is not admitted here; join again with --join=TOKEN"
     ]
 
 
@@ -149,21 +148,23 @@ def test_certificate_without_one_name_is_refused(fleet, names):
     assert hello(fleet, pair).startswith("PERMISSION_DENIED")
 
 
-def test_nobody_may_enrol_and_no_more(fleet):
+def test_nobody_may_enrol_and_no_more(fleet, recorder):
     assert hello(fleet) == "UNAUTHENTICATED: join with --join=TOKEN first"
     for method in (transport.JOIN, "/plumbing.Fleet/Renew"):
         with channel(fleet) as opened, pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
             next(opened.stream_stream(method)(iter(())))
-    assert fleet.num_available() == 0
+    recorder.drain()
+    assert not fleet.devices
 
 
-def test_device_can_only_be_the_cid_in_its_certificate(fleet, identity, told):
+def test_device_can_only_be_the_cid_in_its_certificate(fleet, identity, recorder):
     pair = admitted(fleet.gate, "1")
     liar = identity("1", pair, fleet.gate.authority.pem)
-    with pytest.raises(Refused, match="its key is that of device 1, it says that it is '0'"):
+    with pytest.raises(Refused, match="its key is that of device 1, it claims to be '0'"):
         serve(fleet.address, liar, Adder("0"))
-    assert fleet.num_available() == 0
-    assert "its key is that of device 1, it says that it is '0'" in told[-1]
+    recorder.drain()
+    assert not fleet.devices
+    assert "its key is that of device 1, it claims to be '0'" in recorder.lines()[-1]
 
 
 # --- What devices come to ---

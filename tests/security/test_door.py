@@ -10,6 +10,7 @@ from plumbing.security import keys
 from plumbing.security.gate import Peer
 from plumbing.security.identity import ENROL, RENEW
 from plumbing.stream import device as transport
+from tests.devices import Recorder
 from tests.security.conftest import admitted, channel, rogue
 from tests.security.http2 import call
 
@@ -51,6 +52,7 @@ def answer(fleet, pair, method: str) -> str:
 
 def test_every_registered_method_refuses_whoever_is_not_admitted(registered, open_fleet, make_gate):
     fleet = open_fleet()
+    recorder = Recorder(fleet)
     assert {transport.JOIN, transport.HELLO, ENROL, RENEW, TOMORROW} <= set(registered)
     revoked = admitted(fleet.gate, "1")
     fleet.gate.admissions.revoke("1")
@@ -68,6 +70,7 @@ def test_every_registered_method_refuses_whoever_is_not_admitted(registered, ope
             if method == ENROL and who != "foreign":
                 refusal = "PERMISSION_DENIED: this is no enrolment"
             assert answer(fleet, pair, method).startswith(refusal), (method, who)
+    recorder.drain()
     assert not fleet.devices
 
 

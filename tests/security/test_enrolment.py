@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import sqlite3
 import ssl
 import string
 import sys
@@ -49,16 +50,16 @@ def cids(gate: Gate) -> list[str]:
 
 
 def uses_left(gate: Gate, token: keys.Token) -> int:
-    with gate.admissions._open() as db:
+    with contextlib.closing(sqlite3.connect(gate.admissions.path)) as db:
         query = "SELECT uses_left FROM tokens WHERE mark = ?"
         return db.execute(query, [token.mark]).fetchone()[0]
 
 
-def test_device_joins_with_a_token_and_needs_it_no_more(fleet, identity, join, told):
+def test_device_joins_with_a_token_and_needs_it_no_more(fleet, identity, join, recorder):
     token = token_for(fleet.gate, uses=1)
     join(fleet, identity("0", token=token))
-    assert fleet.wait_for(1, timeout=20)
-    assert told[0].startswith("device 0 was admitted from 127.0.0.1, key ")
+    recorder.wait_for(1)
+    assert recorder.lines()[0].startswith("device 0 was admitted from 127.0.0.1, key ")
     fleet.close(run_is_over=True)
 
     key_file = identity("0").path.read_bytes()
@@ -152,7 +153,7 @@ def test_cid_that_is_taken_is_refused_and_the_token_is_not_used(fleet, identity)
 
 
 def test_device_whose_answer_was_lost_asks_again_and_uses_the_token_once(
-    fleet, identity, join, monkeypatch
+    fleet, identity, join, recorder, monkeypatch
 ):
     token = token_for(fleet.gate, uses=1)
     real = keys.write_private
@@ -170,7 +171,7 @@ def test_device_whose_answer_was_lost_asks_again_and_uses_the_token_once(
     token_for(fleet.gate)  # as a server that is started again makes one
 
     join(fleet, identity("0", token=token))
-    assert fleet.wait_for(1, timeout=20)
+    recorder.wait_for(1)
     assert uses_left(fleet.gate, token) == 0
 
 
@@ -256,12 +257,14 @@ def test_request_for_another_kind_of_key_is_refused(fleet):
     ],
     ids=lambda cid: ascii(cid)[:20],
 )
-def test_cid_that_is_no_name_is_refused_on_one_line(fleet, told, cid):
+def test_cid_that_is_no_name_is_refused_on_one_line(fleet, recorder, cid):
     token = token_for(fleet.gate, uses=1)
     with channel(fleet) as opened:
         assert refusal(opened, enrolment(cid, token))
     assert (cids(fleet.gate), uses_left(fleet.gate, token)) == ([], 1)
-    assert all(line.isprintable() and len(line) < 400 for line in told)
+    recorder.drain()
+    assert recorder.lines()
+    assert all(line.isprintable() and len(line) < 400 for line in recorder.lines())
     names = {path.name for path in Path(fleet.gate.admissions.path).parent.iterdir()}
     assert names <= {"authority.pem", "authority.crt", "admissions.sqlite"} | {
         f"admissions.sqlite-{end}" for end in ("wal", "shm")
@@ -297,12 +300,16 @@ SERVER = """
     import sys, threading
     from pathlib import Path
     from plumbing.security import complaints, gate
-    from plumbing.stream.fleet import Fleet
+    from plumbing.report import Console
+    from plumbing.stream.fleet import StreamFleet
     gate.PENALTY_SECONDS, complaints.PERIOD_SECONDS = 0.0, 0.5
-    say = lambda *what: print(*what, flush=True)
-    door = gate.Gate(Path(sys.argv[1]), lambda: ["127.0.0.1"], say)
-    print(Fleet("127.0.0.1:0", {}, lambda properties: None, say, say, gate=door).address)
-    sys.stdin.read()
+    door = gate.Gate(Path(sys.argv[1]), lambda: ["127.0.0.1"])
+    fleet = StreamFleet("127.0.0.1:0", {}, lambda properties: None, gate=door)
+    print(fleet.address)
+    threading.Thread(target=lambda: sys.exit(sys.stdin.read()), daemon=True).start()
+    console = Console(fleet.address, 1, "")
+    while True:
+        console(fleet.wait())
 """
 
 
@@ -382,7 +389,7 @@ def test_messages_of_somebody_unknown_are_not_read(fleet):
 
 
 def test_guesses_are_slowed_down_told_in_few_lines_and_leave_nothing(
-    fleet, identity, join, told, monkeypatch
+    fleet, identity, join, recorder, monkeypatch
 ):
     """One address guesses as fast as it can, from eight connections; a device joins beside it."""
     monkeypatch.setattr(gate_module, "PENALTY_SECONDS", 0.5)
@@ -438,7 +445,7 @@ def test_guesses_are_slowed_down_told_in_few_lines_and_leave_nothing(
     wait_until(lambda: answers)
     joining = time.monotonic()
     join(fleet, identity("7", token=token))
-    assert fleet.wait_for(1, timeout=20)
+    recorder.wait_for(1)
     joined_in = time.monotonic() - joining
     for thread in threads:
         thread.join()
@@ -449,25 +456,26 @@ def test_guesses_are_slowed_down_told_in_few_lines_and_leave_nothing(
     assert len(looked_up) <= WAITING_EACH * (seconds / 0.5 + 1) + 1  # the device's own is one
     assert joined_in < 10
     assert grown < 30e6, f"{grown / 1e6:.0f} MB"
-    lines = [line for line in told if "203.0.113.9" in line]
+    recorder.drain()
+    lines = [line for line in recorder.lines() if "203.0.113.9" in line]
     assert 1 <= len(lines) <= 2 * (seconds / 0.5 + 2)
 
-    def told_times() -> int:
+    def counted() -> int:
         return sum(
             int(line.split(" times")[0].split()[-1].replace(",", "")) if " times" in line else 1
-            for line in told
+            for line in recorder.lines()
             if "203.0.113.9" in line
         )
 
-    wait_until(lambda: told_times() == GUESSES)
-    wait_until(lambda: not fleet.gate._waiting)
+    recorder.until(lambda: counted() == GUESSES)
+    wait_until(lambda: not fleet.gate.places.taken)
     print(
         f"{GUESSES} guesses in {seconds:.1f} s, {len(looked_up)} looked up, "
         f"{grown / 1e6:.1f} MB, {len(lines)} lines, a device joined in {joined_in:.2f} s"
     )
 
 
-def test_refusals_with_many_different_words_are_told_in_few_lines(fleet, told, monkeypatch):
+def test_refusals_with_many_different_words_are_told_in_few_lines(fleet, recorder, monkeypatch):
     monkeypatch.setattr(complaints, "PERIOD_SECONDS", 0.2)
     monkeypatch.setattr(gate_module, "PENALTY_SECONDS", 0.0)
     monkeypatch.setattr(complaints, "KINDS", 50)
@@ -475,13 +483,15 @@ def test_refusals_with_many_different_words_are_told_in_few_lines(fleet, told, m
         for i in range(300):
             refusal(opened, enrolment(f"/{i}", "x"))
     fleet.gate.refusals.close()
-    numbers = [re.search(r"([0-9,]+) times", line) for line in told]
+    recorder.drain()
+    lines = recorder.lines()
+    numbers = [re.search(r"([0-9,]+) times", line) for line in lines]
     assert sum(int(n[1]) if n else 1 for n in numbers) == 300
-    assert len(told) <= 22 * 20  # each 0.2 s
+    assert len(lines) <= 22 * 20  # each 0.2 s
 
 
 @pytest.mark.parametrize("method", [transport.JOIN, transport.HELLO, ENROL])
-def test_device_joins_amid_a_flood_of_strangers(fleet, identity, join, method):
+def test_device_joins_amid_a_flood_of_strangers(fleet, identity, join, recorder, method):
     """Eight threads of nobody's ask as fast as they can, each with one connection."""
     over = threading.Event()
     asked = Counter()
@@ -502,30 +512,30 @@ def test_device_joins_amid_a_flood_of_strangers(fleet, identity, join, method):
         pair = admitted(fleet.gate)
         begin = time.monotonic()
         join(fleet, identity("0", pair, fleet.gate.authority.pem))
-        assert fleet.wait_for(1, timeout=20)
+        recorder.wait_for(1)
         assert time.monotonic() - begin < 10
-        assert list(fleet.all()) == ["0"]
+        assert list(fleet.devices) == ["0"]
     finally:
         over.set()
         for thread in threads:
             thread.join()
-    wait_until(lambda: not fleet.gate._waiting)
+    wait_until(lambda: not fleet.gate.places.taken)
 
 
 def test_flood_from_one_ipv6_network_counts_as_from_one_address(fleet):
     gate = fleet.gate
     with contextlib.ExitStack() as stack:
-        taken = [stack.enter_context(gate._wait_for(f"2001:db8::{i:x}")) for i in range(20)]
+        taken = [stack.enter_context(gate.places.take(f"2001:db8::{i:x}")) for i in range(20)]
         assert taken == [True] * WAITING_EACH + [False] * (20 - WAITING_EACH)
-        assert stack.enter_context(gate._wait_for("2001:db8:0:1::1"))
-        assert stack.enter_context(gate._wait_for("192.168.1.7"))
-    assert not gate._waiting
+        assert stack.enter_context(gate.places.take("2001:db8:0:1::1"))
+        assert stack.enter_context(gate.places.take("192.168.1.7"))
+    assert not gate.places.taken
 
 
-def test_many_devices_behind_one_address_enrol_one_after_the_other(fleet, identity, join):
+def test_many_devices_behind_one_address_enrol_one_after_the_other(fleet, identity, join, recorder):
     """Who is turned away for now comes back."""
     token = token_for(fleet.gate, uses=20)
     threads = [join(fleet, identity(str(cid), token=token)) for cid in range(20)]
-    assert fleet.wait_for(20, timeout=60)
+    recorder.wait_for(20, seconds=60)
     assert sorted(cids(fleet.gate), key=int) == [str(cid) for cid in range(20)]
     assert not any(thread.problem for thread in threads)

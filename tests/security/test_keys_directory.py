@@ -46,7 +46,7 @@ def modes(directory: Path) -> dict[str, str]:
 def test_all_files_are_their_owners_alone_whatever_the_umask(fleet, identity, devices, tmp_path):
     old = os.umask(0)
     try:
-        gate = Gate(tmp_path / "loose", lambda: ["localhost"], print)
+        gate = Gate(tmp_path / "loose", lambda: ["localhost"])
         identity("0", token=token_for(fleet.gate)).prepare(fleet.address, 5)
         devices("admit", "7", "--out", tmp_path / "cards")
         key_file = tmp_path / "cards/device-7.pem"
@@ -187,7 +187,7 @@ def test_directory_that_is_replaced_while_the_server_starts_is_refused(tmp_path,
 
     monkeypatch.setattr(keys, "read_authority", read_and_replace)
     with pytest.raises(FederationError, match=r"was replaced while|cannot write"):
-        Gate(place, lambda: ["localhost"], print)
+        Gate(place, lambda: ["localhost"])
 
 
 def test_authority_that_others_can_read_is_refused(make_gate, tmp_path):

@@ -13,9 +13,10 @@ from federated.errors import FederationError, Refused
 from plumbing.security import keys
 from plumbing.security import owner as devices_module
 from plumbing.security.identity import open_identity
-from plumbing.stream.fleet import Fleet
+from plumbing.stream.fleet import StreamFleet
+from tests.conftest import complaint
+from tests.devices import Recorder
 from tests.security.conftest import admitted, rogue, run_python, serve, token_for
-from tests.test_bad_input import complaint
 
 
 @pytest.fixture(autouse=True)
@@ -28,14 +29,7 @@ def keep_signal_handlers():
 @pytest.fixture
 def open_server():
     """A fleet without --secure."""
-    events = []
-    fleet = Fleet(
-        "127.0.0.1:0",
-        {"seed": 7},
-        lambda properties: None,
-        lambda device, event: events.append(event),
-        lambda who, reason: events.append(reason),
-    )
+    fleet = StreamFleet("127.0.0.1:0", {"seed": 7}, lambda properties: None)
     yield fleet
     fleet.close(run_is_over=True)
 
@@ -47,12 +41,9 @@ def open_server():
     ("arguments", "message"),
     [
         (["--secure", "--insecure"], "--secure and --insecure exclude each other"),
-        (["--keys=x"], "--keys is of use with --secure alone"),
-        (["--names=a.example"], "--names is of use with --secure alone"),
-        (
-            ["--unauthenticated_address=127.0.0.1:0"],
-            "--unauthenticated_address is of use with --secure alone",
-        ),
+        (["--keys=x"], "--keys needs --secure"),
+        (["--names=a.example"], "--names needs --secure"),
+        (["--unauthenticated_address=127.0.0.1:0"], "--unauthenticated_address needs --secure"),
         (["--secure", "--names=a b"], "--names 'a b' is no host name or IP address; say"),
         (["--secure", "--names=a.example,ü"], r"--names '\xfc' is no host name or IP address"),
         (["--secure", "--unauthenticated_address=8080"], "server address '8080' is not HOST:PORT"),
@@ -86,11 +77,11 @@ def test_second_address_that_is_in_use_is_told(tmp_path):
 def test_server_that_the_internet_can_reach_insists_on_a_word(monkeypatch):
     monkeypatch.setattr("plumbing.security.gate.local_addresses", lambda: ["127.0.0.1", "9.9.9.9"])
     line = complaint(server.main, "--server_address=0.0.0.0:0", "--data_dir=synthetic:400")
-    assert "could be reached from the Internet, at 9.9.9.9, and anyone could join; say" in line
+    assert "could be reached from the Internet, at 9.9.9.9, and anyone could join; use" in line
     assert "--secure" in line and "--insecure" in line
     for word in ("--secure", "--insecure"):
-        server.check_args(server.parse_args(["--server_address=0.0.0.0:0", word]))
-    server.check_args(server.parse_args(["--server_address=127.0.0.1:0"]))
+        server.check_args(*server.parse_args(["--server_address=0.0.0.0:0", word]))
+    server.check_args(*server.parse_args(["--server_address=127.0.0.1:0"]))
 
 
 def test_open_server_says_in_one_line_that_anyone_can_join(open_server, capsys):
@@ -177,6 +168,7 @@ def test_secured_device_at_an_open_server_says_what_to_do(open_server, make_gate
             serve(open_server.address, device, seconds=0.5)
         assert not isinstance(error.value, Refused)  # it may be started so
     assert "or this client with --insecure" in str(error.value) or device.token
+    Recorder(open_server).drain()
     assert not open_server.devices
 
 

@@ -1,8 +1,10 @@
 """Certificates that end, names that change, clocks that are wrong."""
 
+import contextlib
 import datetime
 import logging
 import socket
+import sqlite3
 import ssl
 import threading
 import time
@@ -16,6 +18,7 @@ from plumbing.security import admissions as admissions_module
 from plumbing.security import gate as gate_module
 from plumbing.security import identity as identity_module
 from plumbing.security import keys
+from tests.devices import Adder, Recorder, small_model
 from tests.security.conftest import (
     HOUR,
     admitted,
@@ -24,7 +27,6 @@ from tests.security.conftest import (
     token_for,
     wait_until,
 )
-from tests.test_fleet import Adder, fit_request
 
 SECOND = datetime.timedelta(seconds=1)
 
@@ -38,16 +40,15 @@ def shown_by(fleet) -> x509.Certificate:
         return x509.load_der_x509_certificate(tls.getpeercert(binary_form=True))
 
 
-def ask_all(fleet) -> int:
-    """Run a round; return how many replies came."""
-    requests = [(device, fit_request()) for device in fleet.all().values()]
-    return sum(bool(reply.data) for reply in fleet.exchange(requests))
+def ask_all(recorder: Recorder, job_id: str = "1") -> int:
+    """Run a round; return how many good replies came."""
+    return sum(bool(result.update) for result in recorder.exchange(small_model(), job_id))
 
 
 # --- The device's ---
 
 
-def test_device_renews_its_certificate_by_itself(fleet, identity, join, monkeypatch, caplog):
+def test_device_renews_its_certificate_by_itself(fleet, identity, recorder, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     token = token_for(fleet.gate, uses=1)
     with monkeypatch.context() as patch:
@@ -60,8 +61,8 @@ def test_device_renews_its_certificate_by_itself(fleet, identity, join, monkeypa
     client = Adder("0")
     device = identity("0")
     threading.Thread(target=serve, args=(fleet.address, device, client), daemon=True).start()
-    assert fleet.wait_for(1, timeout=20)
-    assert ask_all(fleet) == 1
+    recorder.wait_for(1)
+    assert ask_all(recorder) == 1
     key, new, _ = keys.read_key_file(path)
     assert new.not_valid_after_utc > old.not_valid_after_utc + 300 * keys.DAY
     assert key.private_numbers() == old_key.private_numbers()
@@ -72,7 +73,7 @@ def test_device_renews_its_certificate_by_itself(fleet, identity, join, monkeypa
     assert identity("0", token=token).token is None
 
 
-def test_device_renewed_while_it_trains_outlives_its_old_certificate(fleet, identity, told):
+def test_device_renewed_while_it_trains_outlives_its_old_certificate(fleet, identity, recorder):
     pair = admitted(fleet.gate, "0", begin=-HOUR, end=2 * SECOND)
     device = identity("0", pair, fleet.gate.authority.pem)
     began, may_end = threading.Event(), threading.Event()
@@ -84,9 +85,9 @@ def test_device_renewed_while_it_trains_outlives_its_old_certificate(fleet, iden
             return super().fit(parameters, config)
 
     threading.Thread(target=serve, args=(fleet.address, device, Slow("0")), daemon=True).start()
-    assert fleet.wait_for(1, timeout=20)
+    recorder.wait_for(1)
     replies = []
-    thread = threading.Thread(target=lambda: replies.append(ask_all(fleet)))
+    thread = threading.Thread(target=lambda: replies.append(ask_all(recorder)))
     thread.start()
     assert began.wait(20)
     old = x509.load_pem_x509_certificate(pair[1])
@@ -94,14 +95,16 @@ def test_device_renewed_while_it_trains_outlives_its_old_certificate(fleet, iden
     may_end.set()
     thread.join(20)
     assert replies == [1]
-    assert told == ["device 0 joined"]
+    recorder.drain()
+    (line,) = recorder.lines()
+    assert line.startswith("device 0 joined: ")
     assert hello(fleet, pair) != "ok"
     assert hello(fleet, identity("0").credentials) == "ok"
 
 
 @pytest.mark.parametrize("trouble", ["full disk", "a server that does not answer"])
 def test_renewal_that_fails_ends_nothing_and_is_not_tried_at_each_message(
-    fleet, identity, join, monkeypatch, caplog, trouble
+    fleet, identity, join, recorder, monkeypatch, caplog, trouble
 ):
     caplog.set_level(logging.INFO)
     pair = admitted(fleet.gate, "0", begin=-HOUR, end=60 * SECOND)
@@ -115,8 +118,8 @@ def test_renewal_that_fails_ends_nothing_and_is_not_tried_at_each_message(
     else:
         monkeypatch.setattr(identity_module, "RENEW", "/plumbing.Fleet/Nothing")
     join(fleet, device)
-    assert fleet.wait_for(1, timeout=20)
-    assert [ask_all(fleet) for _ in range(3)] == [1, 1, 1]
+    recorder.wait_for(1)
+    assert [ask_all(recorder, job_id) for job_id in "123"] == [1, 1, 1]
     assert caplog.text.count("certificate not renewed yet (") == 1
     assert ("No space left" in caplog.text) == (trouble == "full disk")
 
@@ -136,7 +139,7 @@ def test_server_that_sends_another_key_back_is_not_believed(fleet, identity, joi
         with pytest.raises(FederationError, match="the server sent no usable certificate"):
             device.prepare(fleet.address, 5)
         assert not device.path.exists()
-        with fleet.gate.admissions._open() as db:
+        with contextlib.closing(sqlite3.connect(fleet.gate.admissions.path)) as db, db:
             db.execute("DELETE FROM devices")
 
 
@@ -154,7 +157,8 @@ def test_server_certificate_is_renewed_when_a_name_is_added(
     port = fleet.address.rpartition(":")[2]
     device = identity("0", admitted(gate), gate.authority.pem)
     join(fleet, device)
-    assert fleet.wait_for(1, timeout=20)
+    recorder = Recorder(fleet)
+    recorder.wait_for(1)
     other = identity("1", admitted(gate, "1"), gate.authority.pem)
     with pytest.raises(Refused, match=r"certificate is not for localhost but for 127.0.0.1"):
         serve(f"localhost:{port}", other)
@@ -163,8 +167,8 @@ def test_server_certificate_is_renewed_when_a_name_is_added(
     names.append("localhost")
     shown_by(fleet)  # is asked for while the old one is in use
     threading.Thread(target=serve, args=(f"localhost:{port}", other), daemon=True).start()
-    assert fleet.wait_for(2, timeout=20)
-    assert ask_all(fleet) == 2  # the first is connected still
+    recorder.wait_for(2)
+    assert ask_all(recorder) == 2  # the first is connected still
     names.remove("127.0.0.1")  # a laptop that is carried elsewhere, and back
     assert hello(fleet, device.credentials) == "ok"
 
@@ -205,7 +209,7 @@ def test_names_that_cannot_be_looked_up_leave_the_certificate_as_it_is(
 def test_device_whose_clock_is_behind_waits_for_the_time_to_be_set(fleet, identity):
     pair = admitted(fleet.gate, begin=HOUR, end=9 * HOUR)
     with pytest.raises(
-        FederationError, match=r"this device's clock says .* waiting for the time to be set"
+        FederationError, match=r"this device's clock shows .* waiting for the time to be set"
     ) as error:
         serve(fleet.address, identity("0", pair, fleet.gate.authority.pem), seconds=0.5)
     assert not isinstance(error.value, Refused)
@@ -215,7 +219,7 @@ def test_device_whose_certificate_has_ended_says_so_and_what_its_clock_says(flee
     pair = admitted(fleet.gate, begin=-9 * HOUR, end=-HOUR)
     with pytest.raises(
         Refused,
-        match=r"certificate of device 0 ended on .* clock says .* revoke 0\), and join anew",
+        match=r"certificate of device 0 ended on .* clock shows .* revoke 0\), and join again",
     ):
         serve(fleet.address, identity("0", pair, fleet.gate.authority.pem))
 
@@ -239,12 +243,12 @@ def test_device_behind_the_servers_certificate_waits(
         fleet = open_fleet(gate=gate)
         with pytest.raises(FederationError) as error:
             serve(fleet.address, device, seconds=0.5)
-        assert "this device's clock says" in str(error.value)
+        assert "this device's clock shows" in str(error.value)
         assert "the server's certificate is for" in str(error.value)
         assert not isinstance(error.value, Refused)
     # As after the server's own clock was set back: what it shows is made anew.
     threading.Thread(target=serve, args=(fleet.address, device), daemon=True).start()
-    assert fleet.wait_for(1, timeout=30)
+    Recorder(fleet).wait_for(1, seconds=30)
 
 
 def test_authority_of_another_time_is_told(make_gate, monkeypatch):
@@ -253,7 +257,7 @@ def test_authority_of_another_time_is_told(make_gate, monkeypatch):
         with monkeypatch.context() as patch:
             real = keys.now()
             patch.setattr(keys, "now", lambda real=real, y=years: real + y * 365 * keys.DAY)
-            with pytest.raises(FederationError, match=r"this machine's clock says .*; set the"):
+            with pytest.raises(FederationError, match=r"this machine's clock shows .*; set the"):
                 make_gate()
 
 

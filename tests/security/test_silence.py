@@ -13,6 +13,7 @@ from plumbing.addresses import parse_address
 from plumbing.stream import device as transport
 from plumbing.stream import fleet as fleet_module
 from plumbing.stream import wire
+from tests.devices import Recorder
 from tests.security.conftest import LONG, admitted, channel, hello, token_for, wait_until
 
 HALF_OPEN = 2000 if LONG else 300
@@ -79,12 +80,14 @@ def test_connection_of_a_stranger_that_asks_nothing_is_closed(open_fleet, monkey
         states = []
         stranger.subscribe(states.append)
         stream = serving.stream_stream(transport.JOIN)(
-            iter([wire.encode_properties_reply({"cid": "0"})])
+            iter([wire.encode_properties_reply({"cid": "0", wire.VERSION: wire.PROTOCOL})])
         )
         next(stream)
-        assert fleet.wait_for(1, timeout=10)
+        recorder = Recorder(fleet)
+        recorder.wait_for(1, seconds=10)
         wait_until(lambda: grpc.ChannelConnectivity.IDLE in states)
         # A device that waits for its turn is not idle.
         time.sleep(1.5)
-        assert fleet.num_available() == 1
+        recorder.drain()
+        assert list(fleet.devices) == ["0"]
         stream.cancel()
