@@ -7,14 +7,9 @@ The settings are those of server.py, with the same names and defaults (pyproject
 them). docs/engine.md tells which road is for whom.
 """
 
-import argparse
-import os
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,20 +19,14 @@ from flwr.serverapp import Grid, ServerApp
 
 from client import Client
 from federated.errors import FederationError
-from federated.partitions import parse_partition
-from federated.settings import EngineSettings, RunSettings, typed, underscored
+from federated.settings import underscored
 from plumbing.grid import PROBLEM, GridFleet
-from plumbing.runs import load_config
+from plumbing.run_config import flower_home, read_config
 from torch_server import Task, objection_to, run
 from torch_trainer import TorchTrainer, choose_device, load_decoded
 
 server_app = ServerApp()
 client_app = ClientApp()
-
-
-def flower_home() -> Path:
-    """Return the directory in which Flower keeps what it needs on this machine."""
-    return Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
 
 
 # --- The server -----------------------------------------------------------------------
@@ -58,41 +47,6 @@ def main(grid: Grid, context: Context) -> None:
     except FederationError as error:
         print(f"flower_app.py: {error}", file=sys.stderr)
         raise
-
-
-def read_config(config: Mapping[str, Any]) -> tuple[RunSettings, argparse.Namespace]:
-    """Return the run's settings, and its files.
-
-    Of a run that is resumed the settings hold, except for those that now differ from the defaults.
-
-    Raises:
-        FederationError: they cannot work.
-    """
-    values = typed(RunSettings, config, "the run config's")
-    files = EngineSettings(**typed(EngineSettings, config, "the run config's"))
-    run_id = ""
-    if files.resume:
-        defaults = {declared.name: declared.default for declared in fields(RunSettings)}
-        saved = load_config(Path(files.resume), {**defaults, "run_id": ""})
-        run_id = saved.pop("run_id", "")
-        values = saved | {n: v for n, v in values.items() if v != defaults[n]}
-    settings = RunSettings(**values)
-    settings.check()
-    parse_partition(settings.partition)
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.model}"
-    run_dir = files.resume or files.run_dir or str(flower_home() / "runs" / name)
-    for what, path in (("data_dir", files.data_dir), ("run_dir", run_dir)):
-        if not Path(path).is_absolute() and not path.startswith("synthetic"):
-            raise FederationError(
-                f"{what} '{path}' is not absolute; Flower's processes start in other directories"
-            )
-    return settings, argparse.Namespace(
-        data_dir=files.data_dir,
-        run_dir=run_dir,
-        init_weights=files.init_weights or None,
-        resume=files.resume or None,
-        run_id=run_id,
-    )
 
 
 # --- A node ---------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def check_port(port: int) -> int:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
         raise FederationError(
-            f"cannot listen at 127.0.0.1:{port} ({error.strerror}); choose another --port"
+            f"cannot listen at 127.0.0.1:{port} ({os.strerror(error.errno or 0)}); choose another --port"
         ) from None
     return port
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from flwr.cli.build import build_fab_from_disk
 
-import flower_app
 import utils
 from federated.errors import FederationError
 from federated.settings import EngineSettings, RunSettings
+from plumbing.run_config import read_config
 from torch_trainer import load_decoded
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ def defaults(**changed):
 
 
 def test_config_with_hyphens_is_understood():
-    settings, _ = flower_app.read_config({"min-num-clients": 5, "lr": 1})
+    settings, _ = read_config({"min-num-clients": 5, "lr": 1})
     assert (settings.min_num_clients, settings.lr) == (5, 1.0)
 
 
@@ -60,7 +60,7 @@ def test_config_with_hyphens_is_understood():
 )
 def test_wrong_run_config_is_reported_in_one_line(changed, message):
     with pytest.raises(FederationError) as caught:
-        flower_app.read_config(defaults(**changed))
+        read_config(defaults(**changed))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -68,7 +68,7 @@ def test_wrong_run_config_is_reported_in_one_line(changed, message):
 def test_resumed_run_keeps_its_settings_but_for_those_that_are_given(tmp_path):
     (tmp_path / "config.json").write_text('{"rounds": 5, "epochs": 2, "run_id": "abc"}')
     config = defaults(resume=str(tmp_path), rounds=9)
-    settings, args = flower_app.read_config(config)
+    settings, args = read_config(config)
     assert (settings.rounds, settings.epochs, args.run_id) == (9, 2, "abc")
     assert args.run_dir == args.resume == str(tmp_path)
 
