@@ -147,6 +147,12 @@ class EngineSettings:
     run_dir: str = setting("", "where to leave results; absolute", unit="DIR")
     init_weights: str = setting("", "start from this .safetensors file", unit="FILE")
     resume: str = setting("", "continue the run in this directory", unit="DIR")
+    override: str = setting(
+        "",
+        "names of settings, as in rounds,lr, that hold for a resumed run although they have their "
+        "default; those with another value always do",
+        unit="NAMES",
+    )
     device: str = setting("auto", "where nodes train: auto, cpu or cuda", unit="DEVICE")
     threads: int = setting(0, "processor threads of a node; 0 is Flower's number", low=0)
 

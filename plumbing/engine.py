@@ -245,6 +245,7 @@ def run(args: argparse.Namespace) -> None:
     port = check_port(args.port)
     config = {**asdict(settings), **{f.name: getattr(args, f.name) for f in fields(EngineSettings)}}
     config["data_dir"] = find_data(args.data_dir)
+    config["override"] = ",".join(asdict(settings))  # the run's own are among them already
     if (Path(config["data_dir"]) / "train").is_dir() and settings.partition == "auto":
         config["partition"] = (
             "iid"  # a node's own images are used whole, but here all have one disk

@@ -22,7 +22,8 @@ def flower_home() -> Path:
 def read_config(config: Mapping[str, Any]) -> tuple[RunSettings, argparse.Namespace]:
     """Return the run's settings, and its files.
 
-    Of a run that is resumed the settings hold, except for those that now differ from the defaults.
+    Of a run that is resumed the settings hold, except for those that are given: what Flower hands
+    over does not show which are, so a default counts as not given unless `override` names it.
 
     Raises:
         FederationError: they cannot work.
@@ -34,7 +35,8 @@ def read_config(config: Mapping[str, Any]) -> tuple[RunSettings, argparse.Namesp
         defaults = {declared.name: declared.default for declared in fields(RunSettings)}
         saved = load_config(Path(files.resume), {**defaults, "run_id": ""})
         run_id = saved.pop("run_id", "")
-        values = saved | {n: v for n, v in values.items() if v != defaults[n]}
+        override = files.override.split(",")
+        values = saved | {n: v for n, v in values.items() if n in override or v != defaults[n]}
     settings = RunSettings(**values)
     settings.check()
     parse_partition(settings.partition)

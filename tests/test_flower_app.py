@@ -71,6 +71,8 @@ def test_resumed_run_keeps_its_settings_but_for_those_that_are_given(tmp_path):
     settings, args = read_config(config)
     assert (settings.rounds, settings.epochs, args.run_id) == (9, 2, "abc")
     assert args.run_dir == args.resume == str(tmp_path)
+    settings, _ = read_config(config | {"epochs": 1, "override": "epochs,lr"})
+    assert settings.epochs == 1
 
 
 def test_decoded_images_are_the_same_and_are_read_once(own_images, tmp_path, monkeypatch):
