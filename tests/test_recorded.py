@@ -40,7 +40,7 @@ def test_recorded_run_is_resumed_with_its_weights_and_the_strategys_state(launch
     device = launch(sys.executable, DEVICE, address, "0", f"--add={ADDED}")
     assert server.finish() == 0, server.output
     assert device.finish() == 0, device.output
-    assert f"going on with {run} after round 2" in server.output
+    assert f"resuming {run} after round 2" in server.output
     assert "Traceback" not in server.output
     rounds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [metrics["server_round"] for metrics in rounds] == [1, 2, 3]
