@@ -164,7 +164,7 @@ def _range(limits: Mapping[str, Any]) -> str:
     low, high, above = (limits[name] for name in ("low", "high", "above"))
     if high < math.inf:
         least = f"[{low:g}" if math.isfinite(low) else f"({above:g}"
-        return f"outside {least}, {high:g}]"
+        return f"outside {least}, {high:.10g}]"
     return f"below {low:g}" if math.isfinite(low) else f"not above {above:g}"
 
 
