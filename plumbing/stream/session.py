@@ -191,6 +191,8 @@ class Session:
     async def _ask(self, work: Work) -> Reply:
         """Send a job and return the reply; weights are fetched when it is their turn."""
         start, sent = await self._send(work)
+        if not sent:  # it was abandoned before its turn: nothing will come
+            return Reply(work, None, "too late")
         # A stock client's update comes as soon as it has trained.
         end_turn = no_turn if self.in_pieces else await self.memory.receiving_whole.take()
         try:
