@@ -162,7 +162,8 @@ class Bounds:
         if self.max_norm:
             return set()
         usual = self._usual_norm(model)
-        limit = max(self.NORM_FACTOR * lower_median(norms.values()), 10 * usual)
+        moved = lower_median(norm for norm in norms.values() if norm > 0)
+        limit = max(self.NORM_FACTOR * moved, 10 * usual)
         return {name for name, norm in norms.items() if norm > limit}
 
     def _usual_norm(self, model: Weights) -> float:
@@ -171,7 +172,8 @@ class Bounds:
 
     def learn(self, norms: Iterable[float], examples: Iterable[int]) -> None:
         """Remember what was accepted in a round."""
-        self.norms = [*self.norms, *sorted(norms)][-self.MEMORY :]
+        moved = sorted(norm for norm in norms if norm > 0)  # others did not train
+        self.norms = [*self.norms, *moved][-self.MEMORY :]
         self.examples = [*self.examples, *sorted(examples)][-self.MEMORY :]
 
     def state(self) -> dict[str, list[float]]:

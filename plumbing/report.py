@@ -47,7 +47,7 @@ class Console:
     def _lines(self, event: Observed | Step) -> list[str]:
         match event:
             case Joined(device):
-                return [f"{device.name} joined: {device_summary(device)}"]
+                return [shortened(f"{device.name} joined: {device_summary(device)}", 299)]
             case Left(device):
                 return [f"{device.name} left"]
             case Notice(text):
@@ -97,7 +97,7 @@ class Console:
 
 
 def device_summary(device: Device) -> str:
-    """Return one line's worth of what a device reported of itself."""
+    """Return in words what a device reported of itself."""
     reported = device.properties
     if "board" not in reported:
         return "a client that reports nothing of its board"
@@ -105,9 +105,7 @@ def device_summary(device: Device) -> str:
     if not isinstance(data, str):
         data = f"{images:,} images" if isinstance(images, int) else "images not reported"
     board = ", ".join(str(reported.get(name)) for name in ("board", "machine"))
-    return shortened(
-        f"{board}, {reported.get('cores')} cores, {reported.get('model')}, {data}", 300
-    )
+    return f"{board}, {reported.get('cores')} cores, {reported.get('model')}, {data}"
 
 
 def shortened(value: Any, length: int = 150) -> str:

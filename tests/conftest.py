@@ -60,6 +60,11 @@ def open_fleet() -> Iterator[Callable[..., StreamFleet]]:
             fleet.close(run_is_over=True)
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
 def complaint(main: Callable[..., Any], *arguments: str) -> str:
     """Return the one line that `main` ends with."""
     with pytest.raises(SystemExit) as ending:

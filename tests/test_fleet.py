@@ -256,16 +256,18 @@ def test_refusal_of_any_length_and_lettering_arrives(open_fleet):
 def test_late_result_is_dropped_and_the_device_is_free_again(open_fleet, join):
     class Slow(Adder):
         def fit(self, parameters, config):
+            begun.set()
             done.wait(10)
             return super().fit(parameters, config)
 
-    done = threading.Event()
+    begun, done = threading.Event(), threading.Event()
     recorder = Recorder(fleet := open_fleet())
     join(Slow("0"), fleet)
     (device,) = recorder.wait_for(1)
     job = Job("1", 0, small_model(), {})
     fleet.start(device, job)
     assert device.state == "busy"
+    assert begun.wait(10)
     fleet.abandon(device, job, patience=20)
     assert device.state == "late"
     assert fleet.idle() == []
@@ -275,18 +277,33 @@ def test_late_result_is_dropped_and_the_device_is_free_again(open_fleet, join):
     assert not any(isinstance(event, Result) for event in recorder.events)
 
 
+def test_device_whose_job_is_abandoned_before_it_is_sent_is_free_again(open_fleet, join):
+    recorder = Recorder(fleet := open_fleet())
+    join(Adder("0"), fleet)
+    (device,) = recorder.wait_for(1)
+    for _ in range(20):
+        job = Job("1", 0, small_model(), {})
+        fleet.start(device, job)
+        fleet.abandon(device, job)
+        recorder.until(lambda: device.state == "idle", 5)
+    (result,) = recorder.exchange(small_model())
+    assert result.update
+
+
 def test_device_that_is_late_for_too_long_is_hung_up_on(open_fleet, join):
     class Hung(Adder):
         def fit(self, parameters, config):
+            begun.set()
             done.wait(20)
             return super().fit(parameters, config)
 
-    done = threading.Event()
+    begun, done = threading.Event(), threading.Event()
     recorder = Recorder(fleet := open_fleet())
     join(Hung("0"), fleet)
     (device,) = recorder.wait_for(1)
     job = Job("1", 0, small_model(), {})
     fleet.start(device, job)
+    assert begun.wait(10)
     start = time.monotonic()
     fleet.abandon(device, job, patience=0.5)
     recorder.until(lambda: device.state == "gone")

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import signal
-import socket
 import sys
 import time
 from datetime import datetime, timedelta
@@ -14,12 +13,7 @@ import pytest
 import safetensors.torch
 
 import utils
-from tests.conftest import ROOT
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+from tests.conftest import ROOT, free_port
 
 
 def test_walk_through_to_a_saved_model_that_starts_the_next_run(

@@ -20,6 +20,7 @@ from plumbing.stream import wire
 
 GOODBYE_SECONDS = 5.0
 OFFER_BYTES = 1 << 16  # more than a reply without weights takes
+MAX_CHUNK_BYTES = wire.CHUNK_BYTES + OFFER_BYTES
 
 # How much of large models is in memory at a time; the devices take turns, those that send
 # theirs until it has been dealt with.
@@ -191,7 +192,7 @@ class Session:
     async def _ask(self, work: Work) -> Reply:
         """Send a job and return the reply; weights are fetched when it is their turn."""
         start, sent = await self._send(work)
-        if not sent:  # it was abandoned before its turn: nothing will come
+        if not sent:  # nobody waited for it any more when its turn came
             return Reply(work, None, "too late")
         # A stock client's update comes as soon as it has trained.
         end_turn = no_turn if self.in_pieces else await self.memory.receiving_whole.take()

@@ -25,12 +25,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from conftest import Process  # noqa: E402
-from test_data import Mirror, tiny_cifar10  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from plumbing.security.keys import Token  # noqa: E402
+from tests.conftest import Process  # noqa: E402
+from tests.mirror import Mirror, tiny_cifar10  # noqa: E402
 
 NAME = f"flower-test-{os.getpid()}"
 BASE, CLIENT = "flower-embedded-base:cpu", "flower-embedded:cpu"

@@ -24,6 +24,7 @@ import pytest
 
 from plumbing.stream import wire
 from plumbing.stream.device import JOIN
+from tests.devices import greeting
 
 LONG = os.environ.get("LONG") == "1"
 TIMES = 1000 if LONG else 150
@@ -75,7 +76,7 @@ def joined(address: str, cid: str) -> Iterator[None]:
     """Say hello as a device would, and stay for a while."""
     options = [("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(address, options) as channel:
-        said = {"cid": cid, "model": "Net", "classes": CLASSES}
+        said = greeting(cid, model="Net", classes=CLASSES)
         outgoing = [wire.encode_properties_reply(said)]
         stream = channel.stream_stream(JOIN)(iter_and_wait(outgoing))
         assert wire.decode_request(next(stream)).kind == "get_properties"
@@ -269,16 +270,16 @@ def test_failed_greetings_and_long_words_are_few_and_short_lines(start_server, r
         for _ in range(TIMES):
             with pytest.raises(grpc.RpcError) as error:
                 list(call(iter([b"\xff" * 40])))
-            assert "it did not say what it is" in str(error.value.details())
+            assert "it did not report what it is" in str(error.value.details())
     seconds = time.monotonic() - start
     with grpc.insecure_channel(address, options) as channel:
         words = dict.fromkeys(("board", "machine", "cores"), "x" * 1000)
-        said = {"cid": "talker", "model": "Net", "classes": CLASSES, **words}
+        said = greeting("talker", model="Net", classes=CLASSES, **words)
         stream = channel.stream_stream(JOIN)(iter_and_wait([wire.encode_properties_reply(said)]))
         next(stream)
         process.wait_for("device talker joined", 20)
         stream.cancel()
-    process.wait_for(r"refused 127.0.0.1 [0-9,]+ times more: it did not say what it is", 20)
+    process.wait_for(r"refused 127.0.0.1 [0-9,]+ times more: it did not report what it is", 20)
     lines = [line for line in process.lines if line.startswith(("refused", "device"))]
     assert len(lines) <= 3 + 2 + 2 * (1 + seconds / 10)
     assert all(len(line) <= 300 and line.isprintable() for line in lines)

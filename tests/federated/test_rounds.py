@@ -1,6 +1,7 @@
 """The synchronous schedule, on a fleet in memory: who is asked, what counts, when it ends."""
 
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,6 @@ from federated.rounds import (
     REVOKED,
     Clipped,
     Dropped,
-    Freed,
     Offered,
     Plan,
     Result,
@@ -194,9 +194,17 @@ def test_sample_is_repeatable_and_independent_of_who_came_first():
 
 
 def test_round_waits_for_min_num_clients_and_names_how_many_are_here():
-    fleet = MemoryFleet({"0": adding(1), "1": adding(1)})
-    run = Run(fleet).finish()
-    waiting = [event for event in run.events if isinstance(event, Waiting)]
+    waiting = []
+
+    def note(event):
+        if isinstance(event, Waiting):
+            waiting.append(event)
+            fleet.join(str(event.connected))
+
+    fleet = MemoryFleet({})
+    fleet.replies = {"0": adding(1), "1": adding(1)}
+    run = Run(fleet)
+    list(synchronous(fleet, run.strategy, small_model(), run.plan, None, note))
     assert waiting == [Waiting(2, 0, 0, 0), Waiting(2, 1, 0, 0)]
     assert run.asked == [(1, "0"), (1, "1")]
 
@@ -337,16 +345,21 @@ def test_late_device_is_dropped_and_its_late_result_counts_in_no_round():
 
 
 def test_late_device_is_sampled_again_once_it_is_free():
+    waiting = []
+
+    def note(event):
+        if isinstance(event, Waiting):
+            waiting.append(event)
+            fleet.free("1")
+
     fleet = MemoryFleet({"0": adding(1), "1": in_turn(silent, adding(3))})
+    fleet.settle()
     run = Run(fleet, rounds=2, timeout=0.05)
-    steps = synchronous(fleet, run.strategy, small_model(), run.plan, None, run.events.append)
+    steps = synchronous(fleet, run.strategy, small_model(), run.plan, None, note)
     assert next(steps).sampled == 2
     assert fleet.idle() == [fleet.devices["0"]]
-    fleet.free("1")
-    step = next(steps)
-    assert counted(step) == ["device 0", "device 1"]
-    assert Waiting(2, 2, 1, 0) in run.events  # it was waited for
-    assert any(isinstance(event, Freed) for event in run.events)
+    assert counted(next(steps)) == ["device 0", "device 1"]
+    assert waiting == [Waiting(2, 2, 1, 0)]  # connected, and busy
 
 
 def test_hung_device_keeps_no_model():
@@ -373,13 +386,33 @@ def test_device_that_is_done_has_as_long_again_to_hand_over_its_update():
     assert step.dropped == [("device 2", "no reply in 0.1 s")]
 
 
-def test_device_that_is_done_and_never_hands_over_its_update_is_dropped():
-    fleet = MemoryFleet({"0": adding(1), "1": silent})
-    fleet.replies["1"] = lambda job: fleet.events.append(Offered(fleet.devices["1"], job))
+def test_device_that_offered_its_update_is_waited_for_beyond_the_timeout():
+    def offered(job):
+        device = fleet.devices["1"]
+        fleet.events.append(Offered(device, job))
+        later = Result(device, job, None, "offered its update, then sent nothing for 6 s")
+        threading.Timer(0.5, fleet.events.append, [later]).start()
+
+    fleet = MemoryFleet({"0": adding(1), "1": offered, "2": silent})
     start = time.monotonic()
     run = Run(fleet, timeout=0.1).finish()
+    assert run.dropped == [
+        (1, "device 2", "no reply in 0.1 s"),
+        (1, "device 1", "offered its update, then sent nothing for 6 s"),
+    ]
+    assert 0.5 <= time.monotonic() - start < 5
+    assert fleet.abandoned == ["2"]
+
+
+def test_device_that_offered_and_is_back_without_its_update_has_until_the_next_timeout():
+    def offered(job):
+        fleet.events.append(Offered(fleet.devices["1"], job))
+        fleet.leave("1")
+        fleet.come_back("1", job)
+
+    fleet = MemoryFleet({"0": adding(1), "1": offered})
+    run = Run(fleet, timeout=0.1).finish()
     assert run.dropped == [(1, "device 1", "no reply in 0.1 s")]
-    assert 0.2 <= time.monotonic() - start < 5
 
 
 # --- Revoked --------------------------------------------------------------------------
@@ -574,6 +607,15 @@ def test_device_that_sends_next_to_nothing_makes_no_outlier_of_the_others():
     assert run.dropped == []
     run = Run(MemoryFleet({"0": adding(1e-6), "1": adding(0.5)})).finish()
     assert run.dropped == []
+
+
+def test_device_that_returns_the_model_unchanged_makes_no_outlier_of_the_others():
+    fleet = MemoryFleet({"0": adding(0), "1": in_turn(silent, adding(0.5))})
+    run = Run(fleet, rounds=2, timeout=0.1)
+    steps = synchronous(fleet, run.strategy, small_model(), run.plan, None, run.events.append)
+    assert counted(next(steps)) == ["device 0"]  # all that is known then is an update of 0
+    fleet.free("1")
+    assert counted(next(steps)) == ["device 0", "device 1"]
 
 
 def test_device_that_claims_far_more_examples_than_usual_counts_in_part_and_is_named():
