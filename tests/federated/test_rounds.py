@@ -408,6 +408,7 @@ def test_device_that_offered_and_is_back_without_its_update_has_until_the_next_t
     def offered(job):
         fleet.events.append(Offered(fleet.devices["1"], job))
         fleet.leave("1")
+        fleet.replies["1"] = silent
         fleet.come_back("1", job)
 
     fleet = MemoryFleet({"0": adding(1), "1": offered})
