@@ -17,7 +17,7 @@ from federated.errors import FederationError
 from federated.partitions import partition
 from federated.settings import Settings, parse_partition
 from plumbing.board import available_memory
-from plumbing.checkpoints import write_whole
+from plumbing.files import write_whole
 
 WEIGHTS, ACTIVATIONS, REST = 6, 1.3, 20e6  # see `training_bytes`
 
@@ -194,7 +194,9 @@ def load_decoded(
         noted = (data.labels.tolist(), data.classes, data.source, data.everywhere)
         write_whole(rest, json.dumps(noted).encode())
     labels, classes, source, everywhere = json.loads(rest.read_bytes())
-    images = torch.from_numpy(np.load(pixels, mmap_mode="c")).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.load(pixels, mmap_mode="c", allow_pickle=False)).permute(
+        0, 3, 1, 2
+    )
     return utils.ImageSet(images, torch.tensor(labels), classes, source, everywhere)
 
 

@@ -180,7 +180,10 @@ class Console:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """Return a key that sorts "device 9" before "device 10"."""
-    return [(int(part) if part.isascii() and part.isdigit() else -1, part) for part in re.split(r"([0-9]+)", name)]
+    return [
+        (int(part) if part.isascii() and part.isdigit() else -1, part)
+        for part in re.split(r"([0-9]+)", name)
+    ]
 
 
 def listed(names: Collection[str], count: int = 10) -> str:

@@ -1,11 +1,11 @@
 """Devices that keep no promise, many in one process: for tests alone, towards this machine.
 
-    python tests/faults/hostile.py 127.0.0.1:8080 3 stall
+python tests/faults/hostile.py 127.0.0.1:8080 3 stall
 
-    stall    offer an update, and send nothing of it
-    trickle  send the first chunk of it, and then nothing
-    whole    announce offers, and send 88 MB instead
-    stock    send 88 MB as a stock client would
+stall    offer an update, and send nothing of it
+trickle  send the first chunk of it, and then nothing
+whole    announce offers, and send 88 MB instead
+stock    send 88 MB as a stock client would
 """
 
 import sys

@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -51,7 +50,10 @@ def rounds_of(run: Path) -> list[dict]:
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("behaviour", "reason"),
-    [("stall", "offered its update, then sent nothing for"), ("trickle", "offered its update, then")],
+    [
+        ("stall", "offered its update, then sent nothing for"),
+        ("trickle", "offered its update, then"),
+    ],
 )
 def test_devices_that_offer_and_send_nothing_cost_the_others_seconds_and_no_round(
     start_server, honest, hostile, tmp_path, record_fault, behaviour, reason
