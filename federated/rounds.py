@@ -469,7 +469,9 @@ class _Round:
         self.reasons: list[str] = []  # of this attempt's drops
         expected: dict[str, tuple[Device, Job]] = {}  # by cid; in the end it is empty
         lost: set[str] = set()  # of these, whose connection broke; they may come back
-        offered: set[str] = set()  # of these, who are done
+        # Of these, who are done. The fleet drops whoever does not hand over its update in time;
+        # how long that takes depends on the others as well.
+        offered: set[str] = set()
         jobs = training.jobs(self.plan.job_id(self.server_round))
         self.sampled = len(jobs)
         limit = self.bounds.norm_limit(self.weights)
@@ -477,7 +479,6 @@ class _Round:
         self.most_examples = self.bounds.examples_limit(n for n in declared if type(n) is int)
         timeout = self.plan.timeout
         deadline = time.monotonic() + timeout if timeout else None
-        grace = False  # the time in which those that are done hand over their updates
         for device, job in jobs:
             expected[device.cid] = (device, job)
             self.fleet.start(device, job)
@@ -492,6 +493,7 @@ class _Round:
                     del event  # before the next one comes: it holds a device's update
                 case Left(device) if expected.get(device.cid, (None, None))[0] is device:
                     lost.add(device.cid)
+                    offered.discard(device.cid)
                 case Resumed(device, job) if expected.get(device.cid, (None, None))[1] is job:
                     expected[device.cid] = (device, job)
                     lost.discard(device.cid)
@@ -499,11 +501,11 @@ class _Round:
                     offered.add(device.cid)
             if deadline and time.monotonic() >= deadline:
                 assert timeout
-                for cid in [c for c in expected if c not in lost and (grace or c not in offered)]:
+                for cid in [c for c in expected if c not in lost | offered]:
                     device, job = expected.pop(cid)
                     self.fleet.abandon(device, job, patience=timeout)
                     self._drop(device, f"no reply in {timeout:g} s")
-                deadline, grace = time.monotonic() + timeout, True
+                deadline = time.monotonic() + timeout  # for those that were lost and are back
         for device, job in expected.values():
             self.fleet.abandon(device, job)
             self._drop(device, LOST)

@@ -6,7 +6,6 @@ in one round, as they cross the wire with their types.
 """
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -157,12 +156,35 @@ class RunSettings:
         )
 
 
+@dataclass(frozen=True)
+class EngineSettings:
+    """What `flwr run` needs beside RunSettings: files, and how devices train.
+
+    A node's own configuration (--node-config) overrides all but the server's files.
+    """
+
+    data_dir: str = setting(
+        "synthetic", "CIFAR-10, or folders train, test; absolute, or synthetic", unit="DIR"
+    )
+    run_dir: str = setting("", "where to leave results; absolute", unit="DIR")
+    init_weights: str = setting("", "start from this .safetensors file", unit="FILE")
+    resume: str = setting("", "continue the run in this directory", unit="DIR")
+    override: str = setting(
+        "",
+        "names of settings, as in rounds,lr, that hold for a resumed run although they have their "
+        "default; those with another value always do",
+        unit="NAMES",
+    )
+    device: str = setting("auto", "where nodes train: auto, cpu or cuda", unit="DEVICE")
+    threads: int = setting(0, "processor threads of a node; 0 is Flower's number", low=0)
+
+
 def _range(limits: Mapping[str, Any]) -> str:
     """Return in words what a value outside the limits is."""
     low, high, above = (limits[name] for name in ("low", "high", "above"))
     if high < math.inf:
         least = f"[{low:g}" if math.isfinite(low) else f"({above:g}"
-        return f"outside {least}, {high:g}]"
+        return f"outside {least}, {high:.10g}]"
     return f"below {low:g}" if math.isfinite(low) else f"not above {above:g}"
 
 
@@ -198,21 +220,7 @@ class Settings:
         Raises:
             FederationError: a value is of another type than its setting.
         """
-        values: dict[str, Any] = {"lr": default_lr}
-        received = underscored(config)
-        for declared in dataclasses.fields(cls):
-            if declared.name not in received:
-                continue
-            value = received[declared.name]
-            expected = declared.type
-            if expected is float and type(value) is int:
-                value = float(value)
-            if type(value) is not expected:
-                raise FederationError(
-                    f"the server's setting {declared.name} is {value!r}, not of type "
-                    f"{getattr(expected, '__name__', expected)}"
-                )
-            values[declared.name] = value
+        values = {"lr": default_lr, **typed(cls, config, "the server's setting")}
         values.setdefault("lr_end", values["lr"])
         return cls(**values)
 
@@ -234,6 +242,30 @@ def parse_partition(scheme: str) -> tuple[str, float]:
         f"no partition '{scheme}'; choose auto, iid, none or dirichlet:0.5 "
         "(any number from 1e-6 to 1e6)"
     )
+
+
+def typed(declaring: type, config: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Return of `config` the fields of a dataclass, by their names with underscores.
+
+    Raises:
+        FederationError: a value is of another type than its field.
+    """
+    values: dict[str, Any] = {}
+    received = underscored(config)
+    for declared in fields(declaring):
+        if declared.name not in received:
+            continue
+        value = received[declared.name]
+        expected: Any = declared.type
+        if expected is float and type(value) is int:
+            value = float(value)
+        if type(value) is not expected:
+            raise FederationError(
+                f"{what} {declared.name} is {value!r}, not of type "
+                f"{getattr(expected, '__name__', expected)}"
+            )
+        values[declared.name] = value
+    return values
 
 
 def underscored(config: Mapping[str, Any]) -> dict[str, Any]:

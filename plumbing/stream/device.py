@@ -202,7 +202,9 @@ class _Worker:
             if round_id and round_id == self.round_id:
                 first = int(request.config.get(wire.FIRST, 0))
                 count = int(request.config.get(wire.COUNT, len(self.weights)))
-                return wire.encode_parameters_reply(self.weights[first : first + count])
+                weights = self.weights[first : first + count]
+                skip, take = int(request.config.get(wire.SKIP, 0)), request.config.get(wire.TAKE)
+                return wire.encode_parameters_reply(weights, skip, take)
             return wire.encode_parameters_reply(self.client.get_parameters(request.config))
         try:
             if request.kind == "fit":
@@ -232,7 +234,8 @@ class _Worker:
         if not round_id:
             return wire.encode_fit_reply(weights, num_examples, metrics)
         self.offer = wire.encode_fit_reply([], num_examples, {**metrics, wire.ROUND_ID: round_id})
-        self.round_id, self.weights = round_id, weights
+        self.round_id = round_id
+        self.weights = [np.asarray(array, order="C") for array in weights]  # it is read in ranges
         return self.offer
 
 

@@ -6,10 +6,11 @@ time is bounded by Turns, which the devices take one after the other.
 
 import asyncio
 import contextlib
+import itertools
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import grpc
 
@@ -19,30 +20,57 @@ from plumbing.stream import wire
 
 GOODBYE_SECONDS = 5.0
 OFFER_BYTES = 1 << 16  # more than a reply without weights takes
+MAX_CHUNK_BYTES = wire.CHUNK_BYTES + OFFER_BYTES
 
 # How much of large models is in memory at a time; the devices take turns, those that send
 # theirs until it has been dealt with.
 SENDING_BYTES = 32 << 20
 RECEIVING_BYTES = 96 << 20
-TURN_SECONDS = 60.0  # then the next may begin too: one slow link must not hold up a fleet
+RECEIVING_WHOLE_BYTES = 384 << 20  # 8 of ResNet18: so many stock clients may be training
+
+# A device that has offered its update has to send it at this rate after this time at most, and
+# each chunk at a tenth of its own rate so far; else its connection is closed.
+STALL_SECONDS = 5.0
+MIN_BYTES_PER_SECOND = 100_000
+SLOWER = 10  # times than before
+# At this rate a turn passes on while a slow link still carries what is left.
+TURN_BYTES_PER_SECOND = 1_000_000
+
+
+T = TypeVar("T")
+
+
+def no_turn() -> None:
+    """End the turn of whoever needs none."""
 
 
 class Turns:
-    """At most `count` do something at a time; a turn ends by itself after TURN_SECONDS."""
+    """At most `count` do something at a time.
 
-    def __init__(self, count: int) -> None:
+    Args:
+        seconds: then a turn passes on: one slow link must not hold up a fleet. None is never.
+    """
+
+    def __init__(self, count: int, seconds: float | None = None) -> None:
         self._free = asyncio.Semaphore(count)
+        self._seconds = seconds
 
     async def take(self) -> Callable[[], None]:
         """Wait for a turn; return what ends it."""
         await self._free.acquire()
+        ended = False
 
         def end() -> None:
-            if not timer.cancelled():
-                timer.cancel()
+            nonlocal ended
+            if not ended:
+                ended = True
                 self._free.release()
+            if timer:
+                timer.cancel()
 
-        timer = asyncio.get_running_loop().call_later(TURN_SECONDS, end)
+        timer = None
+        if self._seconds is not None:
+            timer = asyncio.get_running_loop().call_later(self._seconds, end)
         return end
 
 
@@ -50,10 +78,16 @@ class Memory:
     """The turns of all devices, for a model of `model_bytes`."""
 
     def __init__(self, model_bytes: int) -> None:
-        piece_bytes = min(model_bytes, wire.PIECE_BYTES) or 1
-        self.sending = Turns(max(2, SENDING_BYTES // piece_bytes))
-        self.sending_whole = Turns(max(2, SENDING_BYTES // (model_bytes or 1)))
-        self.receiving = Turns(max(2, RECEIVING_BYTES // (model_bytes or 1)))
+        model_bytes = model_bytes or 1
+        piece_bytes = min(model_bytes, wire.PIECE_BYTES)
+        whole_seconds = STALL_SECONDS + model_bytes / TURN_BYTES_PER_SECOND
+        self.sending = Turns(
+            max(2, SENDING_BYTES // piece_bytes),
+            STALL_SECONDS + piece_bytes / MIN_BYTES_PER_SECOND,
+        )
+        self.sending_whole = Turns(max(2, SENDING_BYTES // model_bytes), whole_seconds)
+        self.receiving = Turns(max(2, RECEIVING_BYTES // model_bytes), whole_seconds)
+        self.receiving_whole = Turns(max(2, RECEIVING_WHOLE_BYTES // model_bytes))
 
 
 class Work:
@@ -80,11 +114,12 @@ class Reply:
     work: Work
     data: bytes | None  # a fit reply
     problem: str = ""
-    pieces: list[bytes] = field(default_factory=list)  # parameters replies, after an offer
+    # After an offer: parameters replies, and what was asked for.
+    chunks: list[tuple[wire.Chunk, bytes]] = field(default_factory=list)
     seconds: float = 0.0  # from sending the job to the device's being done
     bytes_sent: int = 0
     bytes_received: int = 0
-    end_turn: Callable[[], None] = lambda: None
+    end_turn: Callable[[], None] = no_turn
 
 
 class Session:
@@ -143,6 +178,7 @@ class Session:
                 reply = await self._ask(work)
             except BadReply as error:
                 self.work = None
+                self.cut_off = str(error)
                 yield Reply(work, None, str(error))
                 return
             self.work = None
@@ -158,23 +194,27 @@ class Session:
         start, sent = await self._send(work)
         if not sent:  # nobody waited for it any more when its turn came
             return Reply(work, None, "too late")
-        answer = await self._read()
-        seconds = time.monotonic() - start
-        if not is_offer(answer, work.id):
-            return Reply(work, answer, "", [], seconds, sent, len(answer))
-        self.offered(work)
-        end_turn = await self.memory.receiving.take()
+        # A stock client's update comes as soon as it has trained.
+        end_turn = no_turn if self.in_pieces else await self.memory.receiving_whole.take()
         try:
+            answer = await self._read()
+            seconds = time.monotonic() - start
+            if self.in_pieces and len(answer) > OFFER_BYTES:
+                raise BadReply(f"sent {len(answer):,} bytes where it had to offer its update")
+            if not is_offer(answer, work.id):
+                return Reply(work, answer, "", [], seconds, sent, len(answer), end_turn)
+            end_turn()
+            self.offered(work)
+            end_turn = await self.memory.receiving.take()
             if not work.request:
                 end_turn()
                 return Reply(work, None, "too late")
-            slices, piece_bytes = work.request.slices, work.request.piece_bytes
-            pieces = await self._fetch(work.id, slices, piece_bytes)
+            chunks = await self._fetch(work.id, work.request.chunks)
         except BaseException:
             end_turn()
             raise
-        received = len(answer) + sum(map(len, pieces))
-        return Reply(work, answer, "", pieces, seconds, sent, received, end_turn)
+        received = len(answer) + sum(len(data) for _, data in chunks)
+        return Reply(work, answer, "", chunks, seconds, sent, received, end_turn)
 
     async def _send(self, work: Work) -> tuple[float, int]:
         """Send a request, in pieces where the device takes them; return from when on, and bytes."""
@@ -202,18 +242,42 @@ class Session:
         elif work.request:
             yield work.request.whole
 
-    async def _fetch(self, job_id: str, slices: list[slice], piece_bytes: int) -> list[bytes]:
-        """Return a device's weights, not decoded; whether they are complete is not known here."""
-        pieces: list[bytes] = []
-        for piece in slices:
-            config: dict[str, Any] = {wire.ROUND_ID: job_id}
-            if len(slices) > 1:
-                config |= {wire.FIRST: piece.start, wire.COUNT: piece.stop - piece.start}
-            await self.context.write(wire.encode_get_parameters(config))
-            pieces.append(await self._read())
-            if len(pieces[-1]) > 2 * piece_bytes:
-                break  # not what was asked for: no more of this
-        return pieces
+    async def _fetch(
+        self, job_id: str, chunks: Sequence[wire.Chunk]
+    ) -> list[tuple[wire.Chunk, bytes]]:
+        """Return a device's update, not decoded; whether it is complete is not known here.
+
+        Raises:
+            BadReply: it does not come, or not fast enough.
+        """
+
+        unasked = iter(chunks)
+        replies: list[tuple[wire.Chunk, bytes]] = []
+
+        async def next_reply() -> bytes:
+            # One chunk ahead, so that no time is lost between two.
+            for chunk in itertools.islice(unasked, 1 if replies else 2):
+                config = {} if len(chunks) == 1 else chunk.config()
+                request = wire.encode_get_parameters({wire.ROUND_ID: job_id, **config})
+                await self.context.write(request)
+            return await self._read()
+
+        due, waited = 0, 0.0  # bytes, seconds
+        for chunk in chunks:
+            rate = max(MIN_BYTES_PER_SECOND, due / waited / SLOWER if waited else 0)
+            silence = STALL_SECONDS + chunk.size / rate
+            in_all = STALL_SECONDS + (due + chunk.size) / MIN_BYTES_PER_SECOND - waited
+            data, seconds = await counting_seconds(next_reply(), min(silence, in_all))
+            waited += seconds
+            if data is None and silence <= in_all:
+                raise BadReply(f"offered its update, then sent nothing for {seconds:.0f} s")
+            if data is None:
+                raise BadReply(f"offered its update, then sent {due:,} bytes in {waited:.0f} s")
+            if len(data) > chunk.size + OFFER_BYTES:
+                raise BadReply(f"sent {len(data):,} bytes, asked for {chunk.size:,} of its update")
+            due += chunk.size
+            replies.append((chunk, data))
+        return replies
 
     async def _read(self) -> bytes:
         """Read a reply. Reading only when one is due makes HTTP/2 hold back whatever else comes."""
@@ -223,6 +287,27 @@ class Session:
             await asyncio.sleep(0.5)
             raise BadReply("hung up")
         return cast(bytes, data)
+
+
+async def counting_seconds(
+    coroutine: Coroutine[Any, Any, T], allowed: float
+) -> tuple[T | None, float]:
+    """Await something; return what it returns, None if it takes longer, and how long it took.
+
+    Seconds are counted one by one: a standstill of this machine is not the device's.
+    """
+    task = asyncio.ensure_future(coroutine)
+    waited = 0.0
+    try:
+        while waited < allowed:
+            step, start = min(1.0, allowed - waited), time.monotonic()
+            done, _ = await asyncio.wait([task], timeout=step)
+            waited += min(step, time.monotonic() - start)
+            if done:
+                return task.result(), waited
+        return None, waited
+    finally:
+        task.cancel()
 
 
 def is_offer(data: bytes, job_id: str) -> bool:

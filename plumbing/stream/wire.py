@@ -47,7 +47,14 @@ ROUND_ID = "round_id"
 PIECE_BYTES = 4 << 20  # or one array
 PIECES = "pieces"  # among its properties: this device takes a fit in pieces
 MORE = "more"  # in a fit's config: another piece follows, do not answer yet
-FIRST, COUNT = "first", "count"  # in the config of get_parameters: which arrays; else all
+
+# A device's update comes in chunks, so that the server sees whether there is progress: some
+# arrays, or a range of the bytes that a large one's .npy form has. These are in the config of
+# get_parameters; without them it asks for all arrays.
+CHUNK_BYTES = 1 << 20
+FIRST_CHUNK_BYTES = 1 << 16  # of a larger model, then twice as much: a stall is noticed soon
+FIRST, COUNT = "first", "count"  # which arrays
+SKIP, TAKE = "skip", "take"  # of the only one of them: which bytes
 
 # In the config of a get_properties: a line for the device's screen. Its answer is not read.
 NOTE = "note"
@@ -109,8 +116,8 @@ def pack_array(array: np.ndarray) -> bytes:
 
 
 @untrusted()
-def unpack_array(data: bytes | memoryview) -> np.ndarray:
-    """Return the array in an .npy file's contents: a read-only view of `data` or a copy.
+def unpack_array(data: bytes | bytearray | memoryview) -> np.ndarray:
+    """Return the array in an .npy file's contents: a view of `data` or a copy.
 
     Raises:
         BadReply: `data` is no .npy file, or one of Python objects (never unpickled).
@@ -184,7 +191,7 @@ class FitRequest:
         self.config = config
         sizes = [sum(map(len, _npy_parts(array))) for array in weights]
         self.slices = _pieces(sizes)  # of the weights; what each piece has
-        self.piece_bytes = max(sum(sizes[piece]) for piece in self.slices)
+        self.chunks = _chunks(sizes)  # in which an update comes back
 
     @cached_property
     def whole(self) -> bytes:
@@ -208,6 +215,45 @@ def _pieces(sizes: Iterable[int]) -> list[slice]:
             total = 0
         total += size
     return [slice(*pair) for pair in itertools.pairwise([*bounds, count])]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one reply has of a device's update: some arrays, or a range of one array's bytes."""
+
+    first: int
+    count: int
+    size: int  # bytes
+    skip: int | None = None  # bytes of the array before the range; None for whole arrays
+    last: bool = True  # the array ends with it
+
+    def config(self) -> Scalars:
+        """Return what asks a device for it."""
+        arrays = {FIRST: self.first, COUNT: self.count}
+        return arrays if self.skip is None else {**arrays, SKIP: self.skip, TAKE: self.size}
+
+
+def _chunks(sizes: Sequence[int]) -> list[Chunk]:
+    """Return the chunks in which arrays of such sizes travel."""
+    chunks: list[Chunk] = []
+    limit = CHUNK_BYTES if sum(sizes) <= CHUNK_BYTES else FIRST_CHUNK_BYTES
+    first = total = 0  # of the arrays that are in no chunk yet
+    for index, size in enumerate(sizes):
+        if total and total + size > limit:
+            chunks.append(Chunk(first, index - first, total))
+            first, total, limit = index, 0, min(2 * limit, CHUNK_BYTES)
+        if size <= limit:
+            total += size
+            continue
+        skip = 0
+        while skip < size:
+            take = min(limit, size - skip)
+            chunks.append(Chunk(index, 1, take, skip, skip + take == size))
+            skip, limit = skip + take, min(2 * limit, CHUNK_BYTES)
+        first = index + 1
+    if total or not chunks:
+        chunks.append(Chunk(first, len(sizes) - first, total))
+    return chunks
 
 
 def encode_get_parameters(config: Mapping[str, Any]) -> bytes:
@@ -270,11 +316,23 @@ def encode_properties_reply(properties: Mapping[str, Any]) -> bytes:
     return message.SerializeToString()
 
 
-def encode_parameters_reply(weights: Weights) -> bytes:
-    """Hand over the model's weights."""
+def encode_parameters_reply(weights: Weights, skip: int = 0, take: int | None = None) -> bytes:
+    """Hand over the model's weights, or a range of the bytes that each array's .npy form has."""
     reply = ClientMessage.GetParametersRes()
     reply.status.code = Code.OK
-    return _with_tensors(ClientMessage, "get_parameters_res", reply, map(_npy_parts, weights))
+    tensors: Iterable[Parts] = map(_npy_parts, weights)
+    if take is not None:
+        tensors = [_range_of(parts, skip, take) for parts in tensors]
+    return _with_tensors(ClientMessage, "get_parameters_res", reply, tensors)
+
+
+def _range_of(parts: "Parts", skip: int, take: int) -> "Parts":
+    """Return a range of the bytes that `parts` are when joined."""
+    found: Parts = []
+    for part in parts:
+        found.append(memoryview(part)[max(0, skip) : max(0, skip + take)])
+        skip -= len(part)
+    return found
 
 
 def encode_fit_reply(weights: Weights, num_examples: int, metrics: Mapping[str, Any]) -> bytes:
@@ -354,6 +412,25 @@ def decode_parameters_reply(data: bytes) -> list[np.ndarray]:
     """
     _, tensors = _open_reply(data, "get_parameters_res")
     return [unpack_array(tensor) for tensor in tensors]
+
+
+def join_chunks(replies: Iterable[tuple[Chunk, bytes]]) -> Iterator[np.ndarray]:
+    """Yield the arrays in the replies to the requests for some chunks.
+
+    Raises:
+        BadReply: the bytes are another message, or none.
+    """
+    joined = bytearray()
+    for chunk, data in replies:
+        if chunk.skip is None:
+            yield from decode_parameters_reply(data)
+            continue
+        _, tensors = _open_reply(data, "get_parameters_res")
+        for tensor in tensors:
+            joined += tensor
+        if chunk.last and joined:  # else the device has no such array, as its number will show
+            yield unpack_array(joined)
+            joined = bytearray()
 
 
 def _open_reply(data: bytes, expected: str) -> tuple[Any, list[memoryview]]:
