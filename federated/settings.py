@@ -97,6 +97,14 @@ class RunSettings:
     )
     num_partitions: int = setting(0, "parts; 0 is min_num_clients", low=0)
 
+    validation: float = setting(
+        0.0,
+        "fraction of the server's images that choose the best round, and test nothing; 0 is none",
+        unit="F",
+        low=0,
+        high=0.5,
+    )
+
     def check(self) -> None:
         """Raise FederationError for a value that is out of range, or values that do not fit."""
         for declared in fields(self):
