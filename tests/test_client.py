@@ -139,7 +139,10 @@ def test_each_round_and_device_shuffles_in_its_own_way(device):
 
 def test_flower_is_imported_with_its_telemetry_off():
     code = (
-        "import sys, {0}, flwr.supercore.telemetry as telemetry\n"
+        "import sys\n"
+        "from plumbing import cli\n"
+        "cli.start('{0}.py')\n"
+        "import {0}, flwr.supercore.telemetry as telemetry\n"
         "sys.exit(telemetry.FLWR_TELEMETRY_ENABLED != '0')"
     )
     for program in ("client", "server"):
@@ -169,7 +172,8 @@ def test_garbage_is_looked_for_once_among_the_imports_and_not_at_the_end():
         "import atexit, gc, os, weakref\n"
         "atexit.register(lambda: gc.get_freeze_count() > 400_000 or os._exit(1))\n"
         "usual = gc.get_threshold()\n"
-        "import plumbing\n"
+        "from plumbing import cli\n"
+        "cli.start('client.py')\n"
         "class Cycle: pass\n"
         "cycle = Cycle()\n"
         "cycle.itself, garbage = cycle, weakref.ref(cycle)\n"

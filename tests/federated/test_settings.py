@@ -60,13 +60,13 @@ def test_keys_of_others_are_left_alone():
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("epochs", "2", "the server's setting epochs is '2', which is no int"),
-        ("epochs", 2.0, "the server's setting epochs is 2.0, which is no int"),
-        ("epochs", True, "the server's setting epochs is True, which is no int"),
-        ("lr", "0.1", "the server's setting lr is '0.1', which is no float"),
-        ("lr", False, "the server's setting lr is False, which is no float"),
-        ("partition", 1, "the server's setting partition is 1, which is no str"),
-        ("partition", b"iid", "the server's setting partition is b'iid', which is no str"),
+        ("epochs", "2", "the server's setting epochs is '2', not of type int"),
+        ("epochs", 2.0, "the server's setting epochs is 2.0, not of type int"),
+        ("epochs", True, "the server's setting epochs is True, not of type int"),
+        ("lr", "0.1", "the server's setting lr is '0.1', not of type float"),
+        ("lr", False, "the server's setting lr is False, not of type float"),
+        ("partition", 1, "the server's setting partition is 1, not of type str"),
+        ("partition", b"iid", "the server's setting partition is b'iid', not of type str"),
     ],
 )
 def test_a_value_of_another_type_is_refused_and_quoted(name, value, message):
