@@ -128,7 +128,9 @@ clients=$(option min_num_clients "$clients" "$@")
 address=$(option server_address "$address" "$@")
 keys=$(absolute "$(option keys "${keys:-$scratch/keys}" "$@")")
 
-if [[ $data_dir != synthetic* && ! -d $data_dir/train && ! -d $data_dir/cifar-10-batches-py ]]; then
+# Not into a folder with other things: what belongs there the server explains.
+if [[ $data_dir != synthetic* && ! -d $data_dir/train && ! -d $data_dir/cifar-10-batches-py &&
+  ($data_dir == "$root/data" || ! -d $data_dir || -z $(ls -- "$data_dir")) ]]; then
   [[ -z $resume ]] || die "no images in '$data_dir', where the run has them; bring them back, or name their new place with --data_dir"
   echo "fetching CIFAR-10 into $data_dir (170 MB, once)"
   code=0

@@ -237,17 +237,7 @@ CIFAR10_MD5 = {
 
 def _cifar10(data_dir: Path, split: str) -> ImageSet:
     if not (data_dir / CIFAR10_FOLDER).is_dir():
-        what = "has neither CIFAR-10 nor folders train/<class>, test/<class>"
-        if not data_dir.exists():
-            what = "does not exist"
-        elif not data_dir.is_dir():
-            what = "is not a directory"
-        elif not any(data_dir.iterdir()):
-            what = "is empty"
-        raise FederationError(
-            f"data directory '{data_dir}' {what}; put your images there, or fetch "
-            f"CIFAR-10 with: python utils.py --data_dir {data_dir}"
-        )
+        raise FederationError(f"data directory '{data_dir}' {_what_is_wrong(data_dir)}")
     folder = data_dir / CIFAR10_FOLDER
     names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
     batches = [_unpickle(folder / name) for name in names]
@@ -257,6 +247,24 @@ def _cifar10(data_dir: Path, split: str) -> ImageSet:
     return ImageSet(
         torch.from_numpy(images), torch.tensor(labels), classes, "CIFAR-10 images", everywhere=True
     )
+
+
+def _what_is_wrong(data_dir: Path) -> str:
+    if data_dir.is_dir() and (found := _found(data_dir)):
+        deeper = [path.parent for path in data_dir.glob("*/train") if path.is_dir()]
+        hint = f"; is it --data_dir {deeper[0]}?" if deeper else ""
+        return f"needs train/<class>/* and test/<class>/*, and has {found}{hint}"
+    what = "is not a directory" if data_dir.exists() else "does not exist"
+    return (
+        f"{'is empty' if data_dir.is_dir() else what}; put your images there, or fetch "
+        f"CIFAR-10 with: python utils.py --data_dir {data_dir}"
+    )
+
+
+def _found(folder: Path, count: int = 3) -> str:
+    """Return the first names in a folder, those of folders with a slash behind them."""
+    names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if p.name[0] != ".")
+    return ", ".join(names[:count]) + ", …" * (len(names) > count)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -430,7 +438,7 @@ def class_names(data_dir: Path, split: str) -> list[str]:
     if len(folders[split]) < 2:
         raise FederationError(
             f"'{data_dir / split}' has {len(folders[split])} class folder(s) "
-            f"({', '.join(folders[split]) or 'none'}); at least 2 are needed"
+            f"({_found(data_dir / split) or 'none'}); at least 2 are needed, as {split}/<class>/*"
         )
     if len(folders) == 2 and folders["train"] != folders["test"]:
         odd = sorted(set(folders["train"]) ^ set(folders["test"]))

@@ -76,9 +76,11 @@ class Fleet:
             weights = self.weights.get(mishap, self.weights[""])
             first = request.config.get(wire.FIRST, 0)
             count = request.config.get(wire.COUNT, len(weights))
-            key = (first, count, mishap if mishap in self.weights else "")
+            skip, take = request.config.get(wire.SKIP, 0), request.config.get(wire.TAKE)
+            key = (first, count, skip, take, mishap if mishap in self.weights else "")
             if key not in self.encoded:
-                self.encoded[key] = wire.encode_parameters_reply(weights[first : first + count])
+                arrays = weights[first : first + count]
+                self.encoded[key] = wire.encode_parameters_reply(arrays, skip, take)
             return self.encoded[key]
         if mishap == "no message":
             return b"\xff" * 1000

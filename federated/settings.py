@@ -163,8 +163,8 @@ def _range(limits: Mapping[str, Any]) -> str:
     """Return in words what a value outside the limits is."""
     low, high, above = (limits[name] for name in ("low", "high", "above"))
     if high < math.inf:
-        least = f"[{low}" if math.isfinite(low) else f"({above}"
-        return f"outside {least}, {high}]"
+        least = f"[{low:g}" if math.isfinite(low) else f"({above:g}"
+        return f"outside {least}, {high:.10g}]"
     return f"below {low:g}" if math.isfinite(low) else f"not above {above:g}"
 
 

@@ -13,6 +13,7 @@ from federated.errors import BadReply
 Weights = dict[str, np.ndarray]  # arrays by name, in the order of the model's state_dict
 Scalar = bool | float | int | str
 
+NON_FINITE = "non-finite values"  # in each message on them
 MAX_EXAMPLES = 100_000_000  # more images than any board holds
 
 
@@ -87,7 +88,7 @@ def make_update(
         square = float(np.einsum("i,i->", flat, flat))
         if not math.isfinite(square):  # one pass finds NaN and infinity as well as the norm
             bad = trained.size - np.count_nonzero(np.isfinite(trained))
-            raise BadReply(f"{name} has {bad} non-finite values")
+            raise BadReply(f"{name} has {bad} {NON_FINITE}")
         squares += square
     if count != len(model):
         raise BadReply(f"{count} arrays for a model that has {len(model)}")

@@ -190,9 +190,9 @@ def check_port(port: int) -> int:
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
+        reason = os.strerror(error.errno or 0)
         raise FederationError(
-            f"cannot listen at 127.0.0.1:{port} ({os.strerror(error.errno or 0)}); "
-            "choose another --port"
+            f"cannot listen at 127.0.0.1:{port} ({reason}); choose another --port"
         ) from None
     return port
 

@@ -217,7 +217,7 @@ def test_data_directories_without_use_are_refused_on_both_sides(tmp_path, main):
     assert "is empty; put your images there" in said(empty)
 
     make_images(tmp_path / "one" / split, {"milk": 3})
-    assert "has 1 class folder(s) (milk); at least 2" in said(tmp_path / "one")
+    assert "has 1 class folder(s) (milk/); at least 2" in said(tmp_path / "one")
 
     make_images(tmp_path / "odd" / "train", {"milk": 3, "tomato": 3})
     make_images(tmp_path / "odd" / "test", {"milk": 3, "potato": 3})

@@ -294,3 +294,12 @@ def test_damaged_settings_are_one_line(launch, tmp_path, config, part):
     (line,) = run.lines
     assert line.startswith("run_local.sh: ")
     assert part in line
+
+
+def test_nothing_is_fetched_into_a_folder_with_other_things(launch, tmp_path):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    run = launch(ROOT / "run_local.sh", "--data_dir", tmp_path / "photos")
+    assert run.finish() == 1
+    assert "needs train/<class>/* and test/<class>/*, and has cat/" in run.output
+    assert "fetching CIFAR-10" not in run.output
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat"]

@@ -278,3 +278,14 @@ def test_other_code_under_the_same_name_is_refused_or_named(start_server, launch
     start_client(address, 0)
     assert (server.finish(), same_form.finish()) == (0, 0)
     assert "warning: device 0" not in server.output
+
+
+@pytest.mark.parametrize("lr", ["1e6", "1e38"])
+def test_learning_rate_that_makes_training_diverge_is_named(start_server, start_client, lr):
+    server, address = start_server(lr=lr, min_num_clients="1", min_sample_size="1")
+    start_client(address, 0)
+    assert server.finish() == 1
+    assert server.lines[-1] == (
+        "server.py: round 1 brought no new model in 3 attempts; training diverges; start again "
+        f"with a --lr below this round's {float(lr):g}"
+    )

@@ -203,9 +203,7 @@ class _Worker:
                 first = int(request.config.get(wire.FIRST, 0))
                 count = int(request.config.get(wire.COUNT, len(self.weights)))
                 weights = self.weights[first : first + count]
-                if wire.TAKE not in request.config:
-                    return wire.encode_parameters_reply(weights)
-                skip, take = int(request.config[wire.SKIP]), int(request.config[wire.TAKE])
+                skip, take = int(request.config.get(wire.SKIP, 0)), request.config.get(wire.TAKE)
                 return wire.encode_parameters_reply(weights, skip, take)
             return wire.encode_parameters_reply(self.client.get_parameters(request.config))
         try:

@@ -43,7 +43,14 @@ from plumbing.security.complaints import Refusals
 from plumbing.security.gate import Door, Gate, Peer, peer_address
 from plumbing.security.identity import ENROL
 from plumbing.stream import wire
-from plumbing.stream.session import GOODBYE_SECONDS, Memory, Reply, Session, Work
+from plumbing.stream.session import (
+    GOODBYE_SECONDS,
+    MAX_CHUNK_BYTES,
+    Memory,
+    Reply,
+    Session,
+    Work,
+)
 
 GREETING_SECONDS = 300.0  # to report what it is; a Pi may have to cut its partition first
 NAME_SECONDS = 0.5  # a broken connection is mostly noticed by then, and its name free
@@ -99,7 +106,8 @@ class StreamFleet(Fleet):
         super().__init__()
         self.greeting = wire.encode_get_properties(greeting)
         self.admit = admit
-        self.max_reply_bytes = 2 * model_bytes + (1 << 20) if model_bytes else -1
+        # A stock client sends its whole update at once; what surrounds the weights takes less.
+        self.max_reply_bytes = model_bytes + model_bytes // 8 + (1 << 20) if model_bytes else -1
         self.keepalive_seconds = keepalive_seconds
         self.gate = gate
         self.stock_address = stock_address
@@ -113,6 +121,7 @@ class StreamFleet(Fleet):
         self._sessions: dict[str, Session] = {}
         self._keys: weakref.WeakKeyDictionary[Device, Session] = weakref.WeakKeyDictionary()
         self._lost: dict[str, Work] = {}  # by cid, of devices whose connection broke
+        self._servers: list[grpc.aio.Server] = []
         self._numbers = itertools.count(1)
         self._streams: set[asyncio.Task] = set()
         self._background: set[asyncio.Task] = set()
@@ -183,43 +192,56 @@ class StreamFleet(Fleet):
     # --- The event loop's thread: listening ---
 
     async def _listen(self, server_address: str) -> str:
-        self._server = grpc.aio.server(
-            interceptors=[Door(self.gate, open_methods=[ENROL])],
-            options=server_options(self.max_reply_bytes, self.keepalive_seconds),
-        )
         # All take a stream of bytes, since for others gRPC reads a message before we are asked.
         methods: dict[str, Any] = {"Hello": self._hello}
         if self.gate:
             methods |= {"Enrol": self.gate.enrol, "Renew": self.gate.renew}
-        for service, its in (
-            ("flwr.proto.FlowerService", {"Join": self._join}),
-            ("plumbing.Fleet", methods),
-        ):
-            handlers = {n: grpc.stream_stream_rpc_method_handler(m) for n, m in its.items()}
-            self._server.add_generic_rpc_handlers(
-                (grpc.method_handlers_generic_handler(service, handlers),)
-            )
-        address = self._bind(server_address, self.gate and self.gate.credentials())
+        services = {"flwr.proto.FlowerService": {"Join": self._join}, "plumbing.Fleet": methods}
+        # Where keys are demanded only this project's devices join, whose largest message is a
+        # chunk. gRPC has one limit for all that a server listens at.
+        server = self._make_server(services, MAX_CHUNK_BYTES if self.gate else self.max_reply_bytes)
+        address = self._bind(server, server_address, self.gate and self.gate.credentials())
         if self.gate and self.stock_address:
-            self.stock_address = self._bind(
-                self.stock_address, self.gate.credentials(demand_key=False)
-            )
-        await self._server.start()
+            server = self._make_server(services, self.max_reply_bytes)
+            credentials = self.gate.credentials(demand_key=False)
+            self.stock_address = self._bind(server, self.stock_address, credentials)
+        for server in self._servers:
+            await server.start()
         self._in_background(self._report_shortage())
         if self.gate:
             self._in_background(self._watch(self.gate))
         return address
 
-    def _bind(self, server_address: str, credentials: grpc.ServerCredentials | None) -> str:
+    def _make_server(
+        self, services: Mapping[str, Mapping[str, Any]], max_message_bytes: int
+    ) -> grpc.aio.Server:
+        server = grpc.aio.server(
+            interceptors=[Door(self.gate, open_methods=[ENROL])],
+            options=server_options(max_message_bytes, self.keepalive_seconds),
+        )
+        for service, methods in services.items():
+            handlers = {n: grpc.stream_stream_rpc_method_handler(m) for n, m in methods.items()}
+            server.add_generic_rpc_handlers(
+                (grpc.method_handlers_generic_handler(service, handlers),)
+            )
+        self._servers.append(server)
+        return server
+
+    def _bind(
+        self,
+        server: grpc.aio.Server,
+        server_address: str,
+        credentials: grpc.ServerCredentials | None,
+    ) -> str:
         """Listen at an address, secured if there are credentials; return what devices type."""
         addresses = listening_addresses(server_address)
         host, port = addresses[0]
         for host, _ in reversed(addresses):
             try:
                 if credentials:
-                    port = self._server.add_secure_port(join_address(host, port), credentials)
+                    port = server.add_secure_port(join_address(host, port), credentials)
                 else:
-                    port = self._server.add_insecure_port(join_address(host, port))
+                    port = server.add_insecure_port(join_address(host, port))
             except RuntimeError as error:  # somebody took it since `listening_addresses` looked
                 raise FederationError(f"cannot listen at {join_address(host, port)}") from error
         return reachable_address(host, port)
@@ -443,7 +465,8 @@ class StreamFleet(Fleet):
             # A hung device's stream ends by itself at the deadline.
             await asyncio.wait(streams, timeout=GOODBYE_SECONDS + 0.2 if run_is_over else 1)
         # It waits for connections: not for long if none is left but that of a hung device.
-        await self._server.stop(max(0.0, deadline - self._loop.time()) if run_is_over else None)
+        grace = max(0.0, deadline - self._loop.time()) if run_is_over else None
+        await asyncio.gather(*(server.stop(grace) for server in self._servers))
         # Python complains of tasks that did not come to their end.
         if rest := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(rest, timeout=1)
@@ -492,11 +515,11 @@ def _taken_from(chunks: list[T]) -> Iterator[T]:
         yield chunks.pop()
 
 
-def server_options(max_reply_bytes: int, keepalive_seconds: float) -> list[tuple[str, int]]:
+def server_options(max_message_bytes: int, keepalive_seconds: float) -> list[tuple[str, int]]:
     """Return gRPC's options for the server."""
     return [
         ("grpc.so_reuseport", 0),  # else a second server would share the port unnoticed
-        ("grpc.max_receive_message_length", max_reply_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", int(keepalive_seconds * 1000)),
         ("grpc.keepalive_timeout_ms", int(keepalive_seconds * 500)),

@@ -20,6 +20,7 @@ from plumbing.stream import wire
 
 GOODBYE_SECONDS = 5.0
 OFFER_BYTES = 1 << 16  # more than a reply without weights takes
+MAX_CHUNK_BYTES = wire.CHUNK_BYTES + OFFER_BYTES
 
 # How much of large models is in memory at a time; the devices take turns, those that send
 # theirs until it has been dealt with.

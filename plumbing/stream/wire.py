@@ -52,7 +52,7 @@ MORE = "more"  # in a fit's config: another piece follows, do not answer yet
 # arrays, or a range of the bytes that a large one's .npy form has. These are in the config of
 # get_parameters; without them it asks for all arrays.
 CHUNK_BYTES = 1 << 20
-FIRST_CHUNK_BYTES = 1 << 16  # of a larger model: whoever sends nothing is noticed soon
+FIRST_CHUNK_BYTES = 1 << 16  # of a larger model, then twice as much: a stall is noticed soon
 FIRST, COUNT = "first", "count"  # which arrays
 SKIP, TAKE = "skip", "take"  # of the only one of them: which bytes
 
@@ -241,7 +241,7 @@ def _chunks(sizes: Sequence[int]) -> list[Chunk]:
     for index, size in enumerate(sizes):
         if total and total + size > limit:
             chunks.append(Chunk(first, index - first, total))
-            first, total, limit = index, 0, CHUNK_BYTES
+            first, total, limit = index, 0, min(2 * limit, CHUNK_BYTES)
         if size <= limit:
             total += size
             continue
@@ -249,7 +249,7 @@ def _chunks(sizes: Sequence[int]) -> list[Chunk]:
         while skip < size:
             take = min(limit, size - skip)
             chunks.append(Chunk(index, 1, take, skip, skip + take == size))
-            skip, limit = skip + take, CHUNK_BYTES
+            skip, limit = skip + take, min(2 * limit, CHUNK_BYTES)
         first = index + 1
     if total or not chunks:
         chunks.append(Chunk(first, len(sizes) - first, total))

@@ -41,8 +41,8 @@ def weights(run_dir):
     return safetensors.numpy.load_file(run_dir / "model.safetensors")
 
 
-def descendants_of_nobody(home):
-    """Return the processes that have a run's directory in their environment or command."""
+def left_running(home):
+    """Return the processes of a run that is over."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -82,7 +82,7 @@ def test_simulation_and_stream_give_the_same_model(engine, start_server, start_c
     assert {path.name for path in of["engine"].iterdir()} == {
         path.name for path in of["stream"].iterdir()
     }
-    assert not descendants_of_nobody(engine.home)
+    assert not left_running(engine.home)
 
 
 def supernode(home, node):
@@ -117,16 +117,20 @@ def test_supernode_that_is_killed_comes_back_in_the_middle_of_a_run(engine, tmp_
     try:
         assert run.finish(600) == 0, run.output
     finally:
-        again.terminate()
+        started = psutil.Process(again.pid).children(recursive=True)
+        for process in [again, *started]:
+            process.kill()
         again.wait(30)
     rows = records(run_dir)
-    assert [len(row["devices"]) for row in rows] == [2, 2, 2] or rows[1]["dropped"]
+    for row in rows:  # its work is done after the restart, or is named as lost
+        assert len(row["devices"]) + len(row["dropped"]) == 2
+    assert len(rows[2]["devices"]) == 2
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     joined = [event["cid"] for event in events if event["event"] == "joined"]
     assert sorted(joined) == ["0", "1", "1"]
     assert [event["cid"] for event in events if event["event"] == "left"] == ["1"]
     time.sleep(1)
-    assert not descendants_of_nobody(engine.home)
+    assert not left_running(engine.home)
 
 
 def test_run_that_cannot_work_ends_with_the_reason_and_no_process(engine, tmp_path):
@@ -134,7 +138,7 @@ def test_run_that_cannot_work_ends_with_the_reason_and_no_process(engine, tmp_pa
     assert run.finish(400) == 1
     assert run.lines[-1] == "run_engine.sh: --strategy nowhere:Mine: No module named 'nowhere'"
     assert "Traceback" not in run.output
-    assert not descendants_of_nobody(engine.home)
+    assert not left_running(engine.home)
 
 
 def test_interrupted_run_leaves_no_process_and_goes_on(engine, tmp_path):
@@ -143,7 +147,7 @@ def test_interrupted_run_leaves_no_process_and_goes_on(engine, tmp_path):
     run.wait_for(r"round 2/50 ", 400)
     os.kill(run.popen.pid, signal.SIGINT)
     assert run.finish(60) == 130
-    assert not descendants_of_nobody(engine.home)
+    assert not left_running(engine.home)
     done = len(records(run_dir))
     run = engine(f"--resume={run_dir}", rounds=done + 1, threads=1)
     assert run.finish(400) == 0, run.output

@@ -1,6 +1,7 @@
 """The synchronous schedule, on a fleet in memory: who is asked, what counts, when it ends."""
 
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -138,6 +139,15 @@ def test_round_without_a_usable_reply_is_repeated_and_then_ends_the_run():
     for _, job in run.fleet.asked:  # the same work, under the same name
         assert job.id == "1"
         np.testing.assert_array_equal(job.model["w"], small_model()["w"])
+
+
+def test_training_that_diverges_on_every_device_names_the_learning_rate():
+    run = Run(MemoryFleet({"0": adding(np.nan), "1": adding(np.inf)}), retries=1)
+    with pytest.raises(FederationError, match=r"in 2 attempts; training diverges$"):
+        run.finish()
+    run = Run(MemoryFleet({"0": adding(np.nan), "1": lambda job: BadReply("no")}), retries=1)
+    with pytest.raises(FederationError, match=r"in 2 attempts; the reasons are above$"):
+        run.finish()
 
 
 def test_attempt_with_too_few_good_replies_leaves_no_trace():
@@ -385,13 +395,34 @@ def test_device_that_is_done_has_as_long_again_to_hand_over_its_update():
     assert step.dropped == [("device 2", "no reply in 0.1 s")]
 
 
-def test_device_that_is_done_and_never_hands_over_its_update_is_dropped():
-    fleet = MemoryFleet({"0": adding(1), "1": silent})
-    fleet.replies["1"] = lambda job: fleet.events.append(Offered(fleet.devices["1"], job))
+def test_device_that_offered_its_update_is_waited_for_beyond_the_timeout():
+    def offered(job):
+        device = fleet.devices["1"]
+        fleet.events.append(Offered(device, job))
+        later = Result(device, job, None, "offered its update, then sent nothing for 6 s")
+        threading.Timer(0.5, fleet.events.append, [later]).start()
+
+    fleet = MemoryFleet({"0": adding(1), "1": offered, "2": silent})
     start = time.monotonic()
     run = Run(fleet, timeout=0.1).finish()
+    assert run.dropped == [
+        (1, "device 2", "no reply in 0.1 s"),
+        (1, "device 1", "offered its update, then sent nothing for 6 s"),
+    ]
+    assert 0.5 <= time.monotonic() - start < 5
+    assert fleet.abandoned == ["2"]
+
+
+def test_device_that_offered_and_is_back_without_its_update_has_until_the_next_timeout():
+    def offered(job):
+        fleet.events.append(Offered(fleet.devices["1"], job))
+        fleet.leave("1")
+        fleet.replies["1"] = silent
+        fleet.come_back("1", job)
+
+    fleet = MemoryFleet({"0": adding(1), "1": offered})
+    run = Run(fleet, timeout=0.1).finish()
     assert run.dropped == [(1, "device 1", "no reply in 0.1 s")]
-    assert 0.2 <= time.monotonic() - start < 5
 
 
 # --- Revoked --------------------------------------------------------------------------

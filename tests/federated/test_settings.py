@@ -1,4 +1,4 @@
-"""The server's settings cross the wire with their types."""
+"""federated/settings.py: ranges, and settings that cross the wire with their types."""
 
 import pytest
 

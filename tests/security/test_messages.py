@@ -44,7 +44,7 @@ def open_server():
         (["--keys=x"], "--keys needs --secure"),
         (["--names=a.example"], "--names needs --secure"),
         (["--unauthenticated_address=127.0.0.1:0"], "--unauthenticated_address needs --secure"),
-        (["--secure", "--names=a b"], "--names 'a b' is no host name or IP address; say"),
+        (["--secure", "--names=a b"], "--names 'a b' is no host name or IP address; example:"),
         (["--secure", "--names=a.example,ü"], r"--names '\xfc' is no host name or IP address"),
         (["--secure", "--unauthenticated_address=8080"], "server address '8080' is not HOST:PORT"),
         (["--secure", "--unauthenticated_address=203.0.113.5:0"], "not an address of this machine"),

@@ -1,0 +1,106 @@
+"""Devices that keep no promise, many in one process: for tests alone, towards this machine.
+
+python tests/faults/hostile.py 127.0.0.1:8080 3 stall
+
+stall    offer an update, and send nothing of it
+trickle  send the first chunk of it, and then nothing
+whole    announce offers, and send 88 MB instead
+stock    send 88 MB as a stock client would
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import asyncio
+import contextlib
+import json
+
+import grpc
+import numpy as np
+
+from plumbing.stream import wire
+from plumbing.stream.device import JOIN
+
+OPTIONS = [
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+]
+SILENCE_SECONDS = 300
+LARGE_BYTES = 88_000_000
+
+
+def greeting(cid: str, behaviour: str) -> bytes:
+    if behaviour == "stock":
+        return wire.encode_properties_reply({})
+    return wire.encode_properties_reply(
+        {
+            "cid": cid,
+            "model": "ResNet18",
+            "classes": json.dumps([f"pattern {i}" for i in range(10)]),
+            wire.PIECES: True,
+            wire.VERSION: wire.PROTOCOL,
+        }
+    )
+
+
+def large_reply() -> bytes:
+    return wire.encode_fit_reply([np.zeros(LARGE_BYTES // 4, np.float32)], 10, {})
+
+
+async def converse(
+    channel: grpc.aio.Channel, cid: str, behaviour: str, large: bytes, together: asyncio.Barrier
+) -> None:
+    stream = channel.stream_stream(JOIN)()
+    weights: list[np.ndarray] = []
+    served = 0
+    while (data := await stream.read()) is not grpc.aio.EOF:
+        request = wire.decode_request(data)
+        del data
+        if request.kind == "get_properties":
+            await stream.write(greeting(cid, behaviour))
+        elif request.kind == "reconnect":
+            await stream.write(wire.encode_done_reply(will_reconnect=False))
+            return
+        elif request.kind == "fit":
+            weights += request.weights
+            if request.config.get(wire.MORE):
+                continue
+            if large:
+                weights.clear()
+                await together.wait()
+                await stream.write(large)
+                continue
+            round_id = str(request.config[wire.ROUND_ID])
+            await stream.write(wire.encode_fit_reply([], 10, {wire.ROUND_ID: round_id}))
+        elif behaviour == "trickle" and not served:
+            served = 1
+            first, config = int(request.config[wire.FIRST]), request.config
+            arrays = weights[first : first + int(config[wire.COUNT])]
+            skip, take = config.get(wire.SKIP, 0), config.get(wire.TAKE)
+            await stream.write(wire.encode_parameters_reply(arrays, skip, take))
+
+
+async def live(
+    address: str, cid: str, behaviour: str, large: bytes, together: asyncio.Barrier
+) -> None:
+    while True:
+        with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
+            async with grpc.aio.insecure_channel(address, OPTIONS) as channel:
+                await converse(channel, cid, behaviour, large, together)
+        await asyncio.sleep(1)
+
+
+async def main(address: str, count: int, behaviour: str) -> None:
+    assert address.startswith("127.0.0.1:")
+    large = large_reply() if behaviour in ("whole", "stock") else b""
+    together = asyncio.Barrier(count)
+    tasks = [live(address, f"h{i}", behaviour, large, together) for i in range(count)]
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.gather(*tasks), SILENCE_SECONDS)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
