@@ -546,10 +546,10 @@ class SGD:
     processor time for a step of Net, and 1.04 for one of PiNet.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], momentum: float) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], momentum: float, decay: float = 0.0):
         self.parameters = [p for p in parameters if p.requires_grad]
         self.velocities = [torch.zeros_like(p) for p in self.parameters]
-        self.momentum = momentum
+        self.momentum, self.decay = momentum, decay
 
     def zero_grad(self) -> None:
         for p in self.parameters:
@@ -561,6 +561,8 @@ class SGD:
         pairs = zip(self.parameters, self.velocities, strict=True)
         used = [(p, v, p.grad) for p, v in pairs if p.grad is not None]
         weights, velocities, gradients = map(list, zip(*used, strict=True))
+        if self.decay:
+            torch._foreach_add_(gradients, weights, alpha=self.decay)
         torch._foreach_mul_(velocities, self.momentum)
         torch._foreach_add_(velocities, gradients)
         torch._foreach_add_(gradients, velocities, alpha=self.momentum)
@@ -598,8 +600,8 @@ def train(
     """Train `net` in place with Nesterov SGD.
 
     Args:
-        settings: `epochs`; `momentum`; the learning rate falls linearly from `lr` to `lr_end`
-            over all the steps of this call (the server lowers both from round to round);
+        settings: `epochs`; `momentum`; `weight_decay`; the learning rate goes linearly from `lr`
+            to `lr_end` over all steps of this call (the server changes both in each round);
             `proximal_mu` is the weight of FedProx's term mu/2 * ||w - w_global||^2, w_global
             being the weights that came in (Li et al. 2018, arXiv:1812.06127).
         before_step: called before each step. It may return which part of the work counts as
@@ -607,7 +609,7 @@ def train(
             the steps, and 1.0 or more ends the training after one step at least.
     """
     net.to(device).train()
-    optimizer = SGD(net.parameters(), settings.momentum)
+    optimizer = SGD(net.parameters(), settings.momentum, settings.weight_decay)
     mu = settings.proximal_mu
     global_weights = [p.detach().clone() for p in net.parameters()] if mu else []
     batches = len(trainloader)
