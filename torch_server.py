@@ -67,8 +67,8 @@ class Task:
             )
         if properties.get("weights", self.form) != self.form:
             return (
-                f"its {self.model} has {shortened(properties['weights'])}, the server's {self.form}; "
-                "give both the same utils.py"
+                f"its {self.model} has {shortened(properties['weights'])}, the server's "
+                f"{self.form}; give both the same utils.py"
             )
         problem = properties.get("problem")
         return None if problem is None else str(problem)
