@@ -25,7 +25,8 @@ import numpy as np
 
 from federated.errors import FederationError
 from federated.settings import Settings
-from plumbing.addresses import check_cid, parse_address
+from federated.updates import fingerprint
+from plumbing.addresses import check_cid, check_destination
 from plumbing.board import Telemetry, describe_board
 from plumbing.security.identity import open_identity
 from plumbing.security.keys import default_keys_dir
@@ -42,6 +43,7 @@ class Trainer(Protocol):
     classes: list[str]
     device: str  # the processor that it trains on
     lr: float  # where a server, such as a stock Flower one, gives none
+    source: str  # the SHA-256 of the code that trains; the server compares it with its own
 
     def describe(self) -> str:
         """Return a line on the model, the processor and the data."""
@@ -80,6 +82,8 @@ class Client:
             "cid": self.cid,
             "model": self.trainer.model,
             "classes": json.dumps(self.trainer.classes),
+            "weights": fingerprint(self.trainer.get_weights()),
+            "source": self.trainer.source,
             "device": self.trainer.device,
             **describe_board(),
         }
@@ -179,8 +183,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise FederationError for values that cannot work."""
-    if parse_address(args.server_address)[1] == 0:
-        raise FederationError(f"server address '{args.server_address}' has no port to go to")
+    check_destination(args.server_address)
     check_cid(args.cid)
     if args.threads is not None and args.threads < 1:
         raise FederationError(f"--threads {args.threads} is below 1")

@@ -70,6 +70,8 @@ for name in rounds epochs batch_size min_num_clients min_sample_size; do
   value=$(option "$name" 1 "$@")
   [[ $value =~ ^[1-9][0-9]{0,8}$ ]] || die "--$name '$value' is not a whole number above 0"
 done
+source "$root/plumbing/models.sh"
+check_model "$(option model Net "$@")"
 help='' secure='' resume='' run_dir=''
 for ((i = 1; i <= $#; i++)); do
   next=$((i + 1))
@@ -86,6 +88,11 @@ done
 if [[ -n $run_dir ]]; then
   run_dir=$(absolute "$run_dir")
   [[ -f $run_dir/config.json ]] || die "no run to resume in '$run_dir': it has no config.json"
+fi
+
+# So are the settings' values, where some Python is there already: packages take minutes.
+if [[ -z $resume ]] && python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  PYTHONPATH=$root PYTHONDONTWRITEBYTECODE=1 python3 -m plumbing.cli "$@" || exit
 fi
 
 python=$("$root/plumbing/venv.sh" requirements.txt)
@@ -121,7 +128,9 @@ clients=$(option min_num_clients "$clients" "$@")
 address=$(option server_address "$address" "$@")
 keys=$(absolute "$(option keys "${keys:-$scratch/keys}" "$@")")
 
-if [[ $data_dir != synthetic* && ! -d $data_dir/train && ! -d $data_dir/cifar-10-batches-py ]]; then
+# Not into a folder with other things: what belongs there the server explains.
+if [[ $data_dir != synthetic* && ! -d $data_dir/train && ! -d $data_dir/cifar-10-batches-py &&
+  ($data_dir == "$root/data" || ! -d $data_dir || -z $(ls -- "$data_dir")) ]]; then
   [[ -z $resume ]] || die "no images in '$data_dir', where the run has them; bring them back, or name their new place with --data_dir"
   echo "fetching CIFAR-10 into $data_dir (170 MB, once)"
   code=0
@@ -166,9 +175,14 @@ if [[ -n $secure ]]; then
 fi
 
 export PYTHONUNBUFFERED=1
+target=$address # 0.0.0.0 and [::] are where to listen, not where to go
+case $address in
+  0.0.0.0:*) target=127.0.0.1:${address##*:} ;;
+  \[::\]:*) target="[::1]:${address##*:}" ;;
+esac
 start server "$python" "$root/server.py" "${server[@]}"
 for ((cid = 0; cid < clients; cid++)); do
-  client=(--server_address "$address" --cid "$cid" --model "$model" --data_dir "$data_dir" --threads "$threads")
+  client=(--server_address "$target" --cid "$cid" --model "$model" --data_dir "$data_dir" --threads "$threads")
   if [[ -z $secure ]]; then
     client+=(--insecure) # or it would use a key that this machine has for another server
   else

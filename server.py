@@ -4,7 +4,9 @@
 
 Waits for the devices (client.py, run_pi.sh, run_jetson.sh), trains round by round, evaluates
 on the test set after each, and leaves the model in runs/. For the owner of a server with
---secure: python server.py devices --help
+--secure:
+
+    python server.py devices            # who is admitted; --help: admit, token, revoke, prune
 """
 
 import sys
@@ -27,7 +29,6 @@ from functools import partial
 from pathlib import Path
 
 from federated.errors import FederationError
-from federated.partitions import parse_partition
 from federated.rounds import Fleet, Observer
 from federated.settings import RunSettings
 from plumbing import descriptors
@@ -70,6 +71,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[RunSettings, argparse.Namesp
         const="",
         metavar="DIR",
     )
+    parser.flag("log_file", "append all lines here, too, with times", metavar="FILE")
     # Who may connect
     parser.switch("secure", "TLS, and only devices that you admit; they join with a token")
     parser.switch("insecure", "let in whoever reaches the port, also from the Internet")
@@ -98,7 +100,6 @@ def parse_args(argv: Sequence[str] | None) -> tuple[RunSettings, argparse.Namesp
 def check_args(settings: RunSettings, args: argparse.Namespace) -> None:
     """Raise FederationError for values that cannot work, before anything slow is done."""
     settings.check()
-    parse_partition(settings.partition)
     descriptors.check(settings.min_num_clients)
     if args.secure and args.insecure:
         raise FederationError("--secure and --insecure exclude each other")
@@ -152,6 +153,8 @@ def print_who_may_join(fleet: StreamFleet) -> None:
 
 def serve(settings: RunSettings, args: argparse.Namespace) -> None:
     """Run the rounds over the devices that connect."""
+    if args.log_file:
+        cli.log_to(args.log_file)
     check_args(settings, args)
     gate = open_gate(args)
 
@@ -159,7 +162,9 @@ def serve(settings: RunSettings, args: argparse.Namespace) -> None:
         fleet = StreamFleet(
             args.server_address,
             greeting=settings.for_round(1).to_config(),
-            admit=partial(objection_to, model=settings.model, classes=task.testset.classes),
+            admit=partial(
+                objection_to, model=settings.model, classes=task.testset.classes, form=task.form
+            ),
             model_bytes=model_bytes,
             gate=gate,
             stock_address=args.unauthenticated_address,

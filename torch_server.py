@@ -24,7 +24,7 @@ import utils
 from federated.rounds import Fleet, Observed, Observer, Plan, Step, synchronous
 from federated.settings import RunSettings
 from federated.strategies import Strategy, make_strategy, state_of_version_1
-from federated.updates import Bounds, Weights
+from federated.updates import Bounds, Weights, fingerprint
 from plumbing import cli
 from plumbing.checkpoints import load_checkpoint, load_weights
 from plumbing.report import Console, draw_report, print_classes, shortened, step_record
@@ -45,6 +45,7 @@ class Task:
         size = utils.image_size(settings.model)
         self.testset = utils.load_data(self.data_dir, "test", size, download=data_dir is None)
         self.net = utils.build_model(settings.model, len(self.testset.classes), settings.seed)
+        self.form = fingerprint(utils.get_weights(self.net))
         self.torch_device = "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
@@ -93,8 +94,14 @@ def open_start(
     return Start(weights)
 
 
-def objection_to(properties: Mapping[str, Any], model: str, classes: Sequence[str]) -> str | None:
-    """Return why a device that reports this of itself must not take part, or None."""
+def objection_to(
+    properties: Mapping[str, Any], model: str, classes: Sequence[str], form: str
+) -> str | None:
+    """Return why a device that reports this of itself must not take part, or None.
+
+    Args:
+        form: the fingerprint of the model's weights.
+    """
     if properties.get("model") != model:
         return (
             f"it was started with --model {properties.get('model')}, the server with "
@@ -104,6 +111,11 @@ def objection_to(properties: Mapping[str, Any], model: str, classes: Sequence[st
         return (
             f"its classes are {shortened(properties.get('classes'))}, the server's are "
             f"{shortened(json.dumps(list(classes)))}; give both the same class folders"
+        )
+    if properties.get("weights", form) != form:
+        return (
+            f"its {model} has {shortened(properties['weights'])}, the server's {form}; "
+            "give both the same utils.py"
         )
     problem = properties.get("problem")
     return None if problem is None else str(problem)
@@ -172,10 +184,10 @@ def run(
         last_call: what to do about devices when no round is left to do.
         program, resume_command: printed, with the directory's name, when it is interrupted.
     """
-    task = Task(settings, args.data_dir)
     strategy = make_strategy(
         settings.strategy, settings.sample_fraction, settings.sample_size, settings.lr
     )
+    task = Task(settings, args.data_dir)
     bounds = Bounds(settings.max_update_norm, settings.max_weight_ratio)
     start = open_start(settings, args, task, strategy, bounds)
     model_bytes = sum(array.nbytes for array in start.weights.values())
@@ -187,7 +199,9 @@ def run(
     fleet, run_is_over = None, False
     try:
         fleet = open_fleet(task, model_bytes)
-        console = Console(fleet.address, settings.rounds, task.testset.source)
+        console = Console(
+            fleet.address, settings.rounds, task.testset.source, directory.config["utils_sha256"]
+        )
         observers = (console, directory.observe)
 
         def observe(event: Observed | Step) -> None:

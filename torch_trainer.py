@@ -1,9 +1,11 @@
 """The Trainer of client.py for the models and data of utils.py."""
 
+import hashlib
+import json
 import os
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import torch
 
 import utils
 from federated.errors import FederationError
-from federated.partitions import parse_partition, partition
-from federated.settings import Settings
+from federated.partitions import partition
+from federated.settings import Settings, parse_partition
 from plumbing.board import available_memory
+from plumbing.files import write_whole
 
 WEIGHTS, ACTIVATIONS, REST = 6, 1.3, 20e6  # see `training_bytes`
 
@@ -27,16 +30,24 @@ class TorchTrainer:
     """
 
     lr = utils.LR
+    source = hashlib.sha256(Path(utils.__file__).read_bytes()).hexdigest()
 
     def __init__(
-        self, cid: str, model: str, data_dir: str | Path, device: str, download: bool = False
+        self,
+        cid: str,
+        model: str,
+        data_dir: str | Path,
+        device: str,
+        download: bool = False,
+        load_data: Callable[..., utils.ImageSet] = utils.load_data,
     ) -> None:
         self.cid = cid
         self.model = model
         self.data_dir = data_dir
         self.device = device
         # All the images at first, then this device's part of them.
-        self.data = utils.load_data(data_dir, "train", utils.image_size(model), download=download)
+        self.load_data = load_data
+        self.data = load_data(data_dir, "train", utils.image_size(model), download=download)
         self.all_images = len(self.data)
         self.cut: tuple[str, int, int] | None = None  # which part: scheme, number of parts, seed
         self.testset: utils.ImageSet | None = None  # loaded when a server asks for `evaluate`
@@ -97,7 +108,7 @@ class TorchTrainer:
         if self.testset is None:
             try:
                 size = utils.image_size(self.model)
-                self.testset = utils.load_data(self.data_dir, "test", size)
+                self.testset = self.load_data(self.data_dir, "test", size)
             except FederationError as error:
                 print(f"Client {self.cid}: evaluates on its training images ({error})")
                 self.testset = self.data
@@ -115,7 +126,7 @@ class TorchTrainer:
             return
         if self.cut and len(self.data) != self.all_images:  # another server, or other flags
             size = utils.image_size(self.model)
-            self.data, self.cut = utils.load_data(self.data_dir, "train", size), None
+            self.data, self.cut = self.load_data(self.data_dir, "train", size), None
             self.all_images = len(self.data)
         if scheme != "none":
             if self.cid not in map(str, range(settings.num_partitions)):
@@ -153,6 +164,40 @@ class TorchTrainer:
                 file=sys.stderr,
             )
         self.checked_batch_size = batch_size
+
+
+def load_decoded(
+    cache: Path, data_dir: str | Path, split: str, image_size: int, *, download: bool = False
+) -> utils.ImageSet:
+    """Do as utils.load_data does, from what an earlier process decoded, if there is that.
+
+    Under Flower's engine each message may be answered by a new process. The pixels are mapped,
+    not read: processes share them, and each holds only its part in its own memory.
+    """
+    if str(data_dir).startswith("synthetic"):
+        return utils.load_data(data_dir, split, image_size)
+    # A folder's time changes when an image comes, goes or is replaced; to look at each of 50,000
+    # images takes a second, for each message.
+    folders = [
+        *Path(data_dir).glob(f"{split}/*"),
+        *Path(data_dir).glob(f"{utils.CIFAR10_FOLDER}/*"),
+    ]
+    stats = [(str(path), path.stat().st_mtime_ns) for path in sorted(folders)]
+    key = hashlib.sha256(repr((split, image_size, stats)).encode()).hexdigest()[:16]
+    pixels, rest = cache / f"{key}.npy", cache / f"{key}.json"
+    if not rest.exists():
+        data = utils.load_data(data_dir, split, image_size, download=download)
+        cache.mkdir(parents=True, exist_ok=True)
+        part = cache / f"{key}.{os.getpid()}.npy"
+        np.save(part, data.images.permute(0, 2, 3, 1).contiguous().numpy())
+        part.replace(pixels)
+        noted = (data.labels.tolist(), data.classes, data.source, data.everywhere)
+        write_whole(rest, json.dumps(noted).encode())
+    labels, classes, source, everywhere = json.loads(rest.read_bytes())
+    images = torch.from_numpy(np.load(pixels, mmap_mode="c", allow_pickle=False)).permute(
+        0, 3, 1, 2
+    )
+    return utils.ImageSet(images, torch.tensor(labels), classes, source, everywhere)
 
 
 class ProgressBar:

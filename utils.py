@@ -237,17 +237,7 @@ CIFAR10_MD5 = {
 
 def _cifar10(data_dir: Path, split: str) -> ImageSet:
     if not (data_dir / CIFAR10_FOLDER).is_dir():
-        what = "has neither CIFAR-10 nor folders train/<class>, test/<class>"
-        if not data_dir.exists():
-            what = "does not exist"
-        elif not data_dir.is_dir():
-            what = "is not a directory"
-        elif not any(data_dir.iterdir()):
-            what = "is empty"
-        raise FederationError(
-            f"data directory '{data_dir}' {what}; put your images there, or fetch "
-            f"CIFAR-10 with: python utils.py --data_dir {data_dir}"
-        )
+        raise FederationError(f"data directory '{data_dir}' {_what_is_wrong(data_dir)}")
     folder = data_dir / CIFAR10_FOLDER
     names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
     batches = [_unpickle(folder / name) for name in names]
@@ -257,6 +247,24 @@ def _cifar10(data_dir: Path, split: str) -> ImageSet:
     return ImageSet(
         torch.from_numpy(images), torch.tensor(labels), classes, "CIFAR-10 images", everywhere=True
     )
+
+
+def _what_is_wrong(data_dir: Path) -> str:
+    if data_dir.is_dir() and (found := _found(data_dir)):
+        deeper = [path.parent for path in data_dir.glob("*/train") if path.is_dir()]
+        hint = f"; is it --data_dir {deeper[0]}?" if deeper else ""
+        return f"needs train/<class>/* and test/<class>/*, and has {found}{hint}"
+    what = "is not a directory" if data_dir.exists() else "does not exist"
+    return (
+        f"{'is empty' if data_dir.is_dir() else what}; put your images there, or fetch "
+        f"CIFAR-10 with: python utils.py --data_dir {data_dir}"
+    )
+
+
+def _found(folder: Path, count: int = 3) -> str:
+    """Return the first names in a folder, those of folders with a slash behind them."""
+    names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if p.name[0] != ".")
+    return ", ".join(names[:count]) + ", …" * (len(names) > count)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -430,7 +438,7 @@ def class_names(data_dir: Path, split: str) -> list[str]:
     if len(folders[split]) < 2:
         raise FederationError(
             f"'{data_dir / split}' has {len(folders[split])} class folder(s) "
-            f"({', '.join(folders[split]) or 'none'}); at least 2 are needed"
+            f"({_found(data_dir / split) or 'none'}); at least 2 are needed, as {split}/<class>/*"
         )
     if len(folders) == 2 and folders["train"] != folders["test"]:
         odd = sorted(set(folders["train"]) ^ set(folders["test"]))
@@ -538,10 +546,10 @@ class SGD:
     processor time for a step of Net, and 1.04 for one of PiNet.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], momentum: float) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], momentum: float, decay: float = 0.0):
         self.parameters = [p for p in parameters if p.requires_grad]
         self.velocities = [torch.zeros_like(p) for p in self.parameters]
-        self.momentum = momentum
+        self.momentum, self.decay = momentum, decay
 
     def zero_grad(self) -> None:
         for p in self.parameters:
@@ -553,6 +561,8 @@ class SGD:
         pairs = zip(self.parameters, self.velocities, strict=True)
         used = [(p, v, p.grad) for p, v in pairs if p.grad is not None]
         weights, velocities, gradients = map(list, zip(*used, strict=True))
+        if self.decay:
+            torch._foreach_add_(gradients, weights, alpha=self.decay)
         torch._foreach_mul_(velocities, self.momentum)
         torch._foreach_add_(velocities, gradients)
         torch._foreach_add_(gradients, velocities, alpha=self.momentum)
@@ -590,8 +600,8 @@ def train(
     """Train `net` in place with Nesterov SGD.
 
     Args:
-        settings: `epochs`; `momentum`; the learning rate falls linearly from `lr` to `lr_end`
-            over all the steps of this call (the server lowers both from round to round);
+        settings: `epochs`; `momentum`; `weight_decay`; the learning rate goes linearly from `lr`
+            to `lr_end` over all steps of this call (the server changes both in each round);
             `proximal_mu` is the weight of FedProx's term mu/2 * ||w - w_global||^2, w_global
             being the weights that came in (Li et al. 2018, arXiv:1812.06127).
         before_step: called before each step. It may return which part of the work counts as
@@ -599,7 +609,7 @@ def train(
             the steps, and 1.0 or more ends the training after one step at least.
     """
     net.to(device).train()
-    optimizer = SGD(net.parameters(), settings.momentum)
+    optimizer = SGD(net.parameters(), settings.momentum, settings.weight_decay)
     mu = settings.proximal_mu
     global_weights = [p.detach().clone() for p in net.parameters()] if mu else []
     batches = len(trainloader)

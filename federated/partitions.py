@@ -1,10 +1,9 @@
 """How a data set that every device has in full is split between them."""
 
-import contextlib
-
 import numpy as np
 
 from federated.errors import FederationError
+from federated.settings import parse_partition
 
 
 def partition(labels: np.ndarray, num_partitions: int, scheme: str, seed: int) -> list[np.ndarray]:
@@ -63,22 +62,3 @@ def partition(labels: np.ndarray, num_partitions: int, scheme: str, seed: int) -
         )
         left -= taken
     return parts
-
-
-def parse_partition(scheme: str) -> tuple[str, float]:
-    """Return ("auto", 0), ("iid", 0), ("none", 0) or ("dirichlet", ALPHA) for `scheme`.
-
-    Raises:
-        FederationError: no such scheme.
-    """
-    kind, _, value = scheme.partition(":")
-    if kind in ("auto", "iid", "none") and not value:
-        return kind, 0.0
-    if kind == "dirichlet":
-        with contextlib.suppress(ValueError):
-            if 1e-6 <= (alpha := float(value)) <= 1e6:  # beyond, doubles fail and nothing changes
-                return kind, alpha
-    raise FederationError(
-        f"no partition '{scheme}'; choose auto, iid, none or dirichlet:0.5 "
-        "(any number from 1e-6 to 1e6)"
-    )

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from federated.errors import FederationError
-from federated.updates import Bounds, Scalar, Update, Weights, is_finite
+from federated.updates import NON_FINITE, Bounds, Scalar, Update, Weights, is_finite
 
 if TYPE_CHECKING:
     from federated.strategies import Strategy, Training
 
 LOST = "the connection broke"
 REVOKED = "it was revoked"
+TEST_LOSS = "the new model's test loss is"
 MAX_FAILURES = 3  # bad replies in a row; then a device is left out
 
 # --- What travels between a schedule and a fleet --------------------------------------
@@ -349,7 +350,7 @@ class _Round:
     def finish(self) -> Step:
         """Make attempts until one has a new model."""
         attempts = self.plan.retries + 1
-        attempt = 0
+        attempt = diverges = 0
         while attempt < attempts:
             try:
                 return self._attempt(attempt)
@@ -358,10 +359,20 @@ class _Round:
                 if not problem.blameless:
                     good = len(self.counted)
                     self.observe(Retry(self.server_round, attempt, attempts, good, str(problem)))
+                    diverges += self._diverges(str(problem))
+        advice = "the reasons are above"
+        if diverges == attempts:  # from the same weights and seed they would always do so
+            advice = "training diverges"
+            if lr := self.plan.config(self.server_round).get("lr"):
+                advice += f"; start again with a --lr below this round's {lr:g}"
         raise FederationError(
-            f"round {self.server_round} brought no new model in {attempts} attempts; "
-            "the reasons are above"
+            f"round {self.server_round} brought no new model in {attempts} attempts; {advice}"
         )
+
+    def _diverges(self, problem: str) -> bool:
+        """Return whether numbers that grew too large are all that an attempt failed for."""
+        reasons = [*self.reasons, problem] if problem else self.reasons
+        return bool(reasons) and all(NON_FINITE in r or TEST_LOSS in r for r in reasons)
 
     def _attempt(self, attempt: int) -> Step:
         training = self._begin(attempt)
@@ -371,11 +382,11 @@ class _Round:
             self._check()
             weights = training.aggregate()
             if not is_finite(weights.values()) or not is_finite(self.strategy.state()[0].values()):
-                raise NoModel("the new model has non-finite values")
+                raise NoModel(f"the new model has {NON_FINITE}")
             aggregated = time.perf_counter()
             evaluation = self.plan.evaluate(weights)
             if not evaluation["loss"] < float("inf"):
-                raise NoModel(f"the new model's test loss is {evaluation['loss']}")
+                raise NoModel(f"{TEST_LOSS} {evaluation['loss']}")
         except BaseException:
             training.roll_back()
             raise

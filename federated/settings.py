@@ -5,13 +5,15 @@ read names, types, defaults, ranges and help from it. Settings are what a device
 in one round, as they cross the wire with their types.
 """
 
-import dataclasses
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from federated.errors import FederationError
+
+SCHEDULES = ("linear", "cosine", "constant")  # of the learning rate, over the rounds
 
 
 def setting(
@@ -67,8 +69,14 @@ class RunSettings:
         0.0, "a device trains for S seconds at most; 0 is no limit", unit="S", low=0
     )
     batch_size: int = setting(32, "images in a training step", low=1)
-    lr: float = setting(
-        0.02, "learning rate at the start; falls linearly to 0 over the run", unit="LR", above=0
+    lr: float = setting(0.02, "learning rate at the start", unit="LR", above=0)
+    lr_schedule: str = setting(
+        "linear",
+        "how it changes over the run: linear or cosine, both down to 0, or constant",
+        unit="HOW",
+    )
+    weight_decay: float = setting(
+        0.0, "of the devices' SGD: L2 penalty of D/2", unit="D", low=0, high=1
     )
     momentum: float = setting(0.9, "of the devices' SGD", unit="M", low=0, high=0.999)
     # What must hold for a round to count
@@ -99,6 +107,11 @@ class RunSettings:
                 raise FederationError(f"--{declared.name} {value:g} is {_range(limits)}")
             if not math.isfinite(value):
                 raise FederationError(f"--{declared.name} {value} is not finite")
+        parse_partition(self.partition)
+        if self.lr_schedule not in SCHEDULES:
+            raise FederationError(
+                f"no --lr_schedule '{self.lr_schedule}'; choose {', '.join(SCHEDULES)}"
+            )
         if 0 < self.round_timeout <= self.round_seconds:
             raise FederationError(
                 f"--round_timeout {self.round_timeout:g} leaves no time to reply after "
@@ -119,20 +132,51 @@ class RunSettings:
         """Devices that train in a round at least."""
         return self.min_sample_size or min(self.min_num_clients, 2)
 
+    def _lr_after(self, server_round: int) -> float:
+        """Return the learning rate at the end of a round."""
+        done = server_round / self.rounds
+        if self.lr_schedule == "cosine":
+            return self.lr * (1 + math.cos(math.pi * done)) / 2
+        return self.lr if self.lr_schedule == "constant" else self.lr * (1 - done)
+
     def for_round(self, server_round: int) -> "Settings":
-        """Return a round's settings; over the rounds the learning rate falls to 0."""
+        """Return a round's settings; within it the learning rate changes linearly."""
         return Settings(
-            lr=self.lr * (self.rounds - server_round + 1) / self.rounds,
-            lr_end=self.lr * (self.rounds - server_round) / self.rounds,
+            lr=self._lr_after(server_round - 1),
+            lr_end=self._lr_after(server_round),
             server_round=server_round,
             epochs=self.epochs,
             round_seconds=self.round_seconds,
             batch_size=self.batch_size,
             momentum=self.momentum,
+            weight_decay=self.weight_decay,
             partition=self.partition,
             num_partitions=self.num_partitions or self.min_num_clients,
             seed=self.seed,
         )
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What `flwr run` needs beside RunSettings: files, and how devices train.
+
+    A node's own configuration (--node-config) overrides all but the server's files.
+    """
+
+    data_dir: str = setting(
+        "synthetic", "CIFAR-10, or folders train, test; absolute, or synthetic", unit="DIR"
+    )
+    run_dir: str = setting("", "where to leave results; absolute", unit="DIR")
+    init_weights: str = setting("", "start from this .safetensors file", unit="FILE")
+    resume: str = setting("", "continue the run in this directory", unit="DIR")
+    override: str = setting(
+        "",
+        "names of settings, as in rounds,lr, that hold for a resumed run although they have their "
+        "default; those with another value always do",
+        unit="NAMES",
+    )
+    device: str = setting("auto", "where nodes train: auto, cpu or cuda", unit="DEVICE")
+    threads: int = setting(0, "processor threads of a node; 0 is Flower's number", low=0)
 
 
 def _range(limits: Mapping[str, Any]) -> str:
@@ -140,7 +184,7 @@ def _range(limits: Mapping[str, Any]) -> str:
     low, high, above = (limits[name] for name in ("low", "high", "above"))
     if high < math.inf:
         least = f"[{low:g}" if math.isfinite(low) else f"({above:g}"
-        return f"outside {least}, {high:g}]"
+        return f"outside {least}, {high:.10g}]"
     return f"below {low:g}" if math.isfinite(low) else f"not above {above:g}"
 
 
@@ -159,6 +203,7 @@ class Settings:
     round_seconds: float = 0.0  # stop training after this time; 0 is never
     batch_size: int = 32
     momentum: float = 0.9
+    weight_decay: float = 0.0
     proximal_mu: float = 0.0  # FedProx's mu; 0 is FedAvg
     partition: str = "none"  # how a data set that every device has in full is split
     num_partitions: int = 1
@@ -175,23 +220,52 @@ class Settings:
         Raises:
             FederationError: a value is of another type than its setting.
         """
-        values: dict[str, Any] = {"lr": default_lr}
-        received = underscored(config)
-        for declared in dataclasses.fields(cls):
-            if declared.name not in received:
-                continue
-            value = received[declared.name]
-            expected = declared.type
-            if expected is float and type(value) is int:
-                value = float(value)
-            if type(value) is not expected:
-                raise FederationError(
-                    f"the server's setting {declared.name} is {value!r}, not of type "
-                    f"{getattr(expected, '__name__', expected)}"
-                )
-            values[declared.name] = value
+        values = {"lr": default_lr, **typed(cls, config, "the server's setting")}
         values.setdefault("lr_end", values["lr"])
         return cls(**values)
+
+
+def parse_partition(scheme: str) -> tuple[str, float]:
+    """Return ("auto", 0), ("iid", 0), ("none", 0) or ("dirichlet", ALPHA) for `scheme`.
+
+    Raises:
+        FederationError: no such scheme.
+    """
+    kind, _, value = scheme.partition(":")
+    if kind in ("auto", "iid", "none") and not value:
+        return kind, 0.0
+    if kind == "dirichlet":
+        with contextlib.suppress(ValueError):
+            if 1e-6 <= (alpha := float(value)) <= 1e6:  # beyond, doubles fail and nothing changes
+                return kind, alpha
+    raise FederationError(
+        f"no partition '{scheme}'; choose auto, iid, none or dirichlet:0.5 "
+        "(any number from 1e-6 to 1e6)"
+    )
+
+
+def typed(declaring: type, config: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Return of `config` the fields of a dataclass, by their names with underscores.
+
+    Raises:
+        FederationError: a value is of another type than its field.
+    """
+    values: dict[str, Any] = {}
+    received = underscored(config)
+    for declared in fields(declaring):
+        if declared.name not in received:
+            continue
+        value = received[declared.name]
+        expected: Any = declared.type
+        if expected is float and type(value) is int:
+            value = float(value)
+        if type(value) is not expected:
+            raise FederationError(
+                f"{what} {declared.name} is {value!r}, not of type "
+                f"{getattr(expected, '__name__', expected)}"
+            )
+        values[declared.name] = value
+    return values
 
 
 def underscored(config: Mapping[str, Any]) -> dict[str, Any]:

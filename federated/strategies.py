@@ -88,7 +88,7 @@ class RunningMean:
             for start in range(0, flat.size, self.CHUNK):
                 piece = flat[start : start + self.CHUNK]
                 scaled = chunk[: piece.size]
-                np.multiply(piece, num_examples * self.GRID, out=scaled)
+                np.multiply(piece, num_examples * self.GRID, out=scaled, dtype=np.float64)
                 np.rint(scaled, out=scaled)
                 sums[start : start + self.CHUNK] += scaled
 

@@ -1,5 +1,6 @@
 """What a device brings back, and what it must be before it may touch the global model."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from federated.errors import BadReply
 Weights = dict[str, np.ndarray]  # arrays by name, in the order of the model's state_dict
 Scalar = bool | float | int | str
 
+NON_FINITE = "non-finite values"  # in each message on them
 MAX_EXAMPLES = 100_000_000  # more images than any board holds
 
 
@@ -33,6 +35,14 @@ class Update:
     metrics: Mapping[str, Scalar] = field(default_factory=dict)
     counters: Weights = field(default_factory=dict)
     norm: float = 0.0
+
+
+def fingerprint(weights: Weights) -> str:
+    """Return a line on the model's form: how large it is, and a hash of names, shapes, types."""
+    form = [(name, array.shape, array.dtype.str) for name, array in weights.items()]
+    numbers = sum(array.size for array in weights.values())
+    digest = hashlib.sha256(repr(form).encode()).hexdigest()[:12]
+    return f"{len(form)} arrays of {numbers:,} numbers, sha256:{digest}"
 
 
 def make_update(
@@ -78,7 +88,7 @@ def make_update(
         square = float(np.einsum("i,i->", flat, flat))
         if not math.isfinite(square):  # one pass finds NaN and infinity as well as the norm
             bad = trained.size - np.count_nonzero(np.isfinite(trained))
-            raise BadReply(f"{name} has {bad} non-finite values")
+            raise BadReply(f"{name} has {bad} {NON_FINITE}")
         squares += square
     if count != len(model):
         raise BadReply(f"{count} arrays for a model that has {len(model)}")

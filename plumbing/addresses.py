@@ -1,5 +1,6 @@
 """What people type: server addresses (192.168.1.10:8080, [fd00::1]:8080) and device names."""
 
+import contextlib
 import errno
 import ipaddress
 import re
@@ -32,6 +33,11 @@ def parse_address(address: str) -> tuple[str, int]:
     Raises:
         FederationError: it is not of that form.
     """
+    if "://" in address:
+        raise FederationError(
+            f"server address '{address}' begins with the name of a protocol; "
+            f"leave it out: {address.partition('://')[2].rstrip('/')}"
+        )
     host, colon, port = address.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     if bracketed:
@@ -48,6 +54,19 @@ def parse_address(address: str) -> tuple[str, int]:
             "examples: 192.168.1.20:8080, laptop.local:8080, [fd00::1]:8080"
         )
     return host, int(port)
+
+
+def check_destination(address: str) -> None:
+    """Raise FederationError unless a device can go to HOST:PORT."""
+    host, port = parse_address(address)
+    if port == 0:
+        raise FederationError(f"server address '{address}' has no port to go to")
+    with contextlib.suppress(ValueError):  # a name
+        if ipaddress.ip_address(host).is_unspecified:
+            raise FederationError(
+                f"server address '{address}' stands for all addresses of the machine that "
+                "listens, and none to go to; use the one that server.py prints"
+            )
 
 
 def join_address(host: str, port: int) -> str:
@@ -72,6 +91,39 @@ def resolve(address: str) -> list[tuple[str, int]]:
             may_pass=isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN,
         ) from error
     return list(dict.fromkeys((str(info[4][0]), port) for info in found))
+
+
+def connected(address: str, seconds: float) -> socket.socket:
+    """Return a connection to the first address of HOST:PORT that takes one, as gRPC does."""
+    addresses = resolve(address)
+    for i, numeric in enumerate(addresses):
+        try:
+            return socket.create_connection(numeric, timeout=seconds)
+        except OSError:
+            if i == len(addresses) - 1:
+                raise
+    raise AssertionError("resolve returns addresses or raises")
+
+
+def other_service(address: str, seconds: float) -> str:
+    """Return what listens at `address`, or "" if it is not known to be something else.
+
+    It is asked as a browser would ask. An SSH server speaks first, a web server answers, and
+    gRPC's answer is of bytes that are no text.
+    """
+    try:
+        with connected(address, seconds) as probe:
+            probe.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            answer = probe.recv(200)
+    except OSError:
+        return ""
+    line = answer.partition(b"\n")[0].strip().decode("ascii", "replace")
+    if not line or not line.isprintable() or "\ufffd" in line:
+        return ""
+    for start, kind in (("SSH-", "an SSH server"), ("HTTP/", "a web server")):
+        if line.startswith(start):
+            return f"{kind} ({line[:60]})"
+    return f"another program ({line[:60]!r})"
 
 
 def listening_addresses(address: str) -> list[tuple[str, int]]:

@@ -11,6 +11,8 @@ build_time=''   # how long that takes
 options=()      # of docker run
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=plumbing/models.sh
+source "$root/plumbing/models.sh"
 board_root=${BOARD_ROOT-} # tests put a recorded board here
 
 # The script's own arguments may hold a token, which stays out of a trace (bash -x).
@@ -68,7 +70,7 @@ warn() {
 parse_arguments() {
   local - && set +x
   set -- "${original[@]}"
-  server_address='' cid='' data_dir='' device=auto detach='' arguments=()
+  server_address='' cid='' model=Net data_dir='' device=auto detach='' arguments=()
   joins='' join='' join_only='' insecure=''
   local name value words
   while (($#)); do
@@ -82,6 +84,7 @@ parse_arguments() {
     case ${name//-/_} in
       __server_address) server_address=$value ;;
       __cid) cid=$value ;;
+      __model) model=$value ;;
       __device)
         # shellcheck disable=SC2034 # for the script that sources this
         device=$value
@@ -116,9 +119,14 @@ check_arguments() {
     die "--cid is missing, this device's own number or name; for example: $(example)"
   [[ $cid =~ ^[A-Za-z0-9._][A-Za-z0-9._-]{0,63}$ ]] ||
     die "--cid '$cid' is not made of 1 to 64 letters, digits, '.', '_' and '-', with no '-' in front"
+  [[ $server_address != *://* ]] ||
+    die "server address '$server_address' begins with the name of a protocol; leave it out: ${server_address#*://}"
   [[ $server_address =~ ^(\[([0-9A-Fa-f:.]+[^][:space:]/]*)\]|([^][:space:]/:]+)):([0-9]+)$ ]] ||
     die "server address '$server_address' is not HOST:PORT; examples: 192.168.1.10:8080, laptop.local:8080"
   host=${BASH_REMATCH[2]}${BASH_REMATCH[3]} port=${BASH_REMATCH[4]}
+  [[ $host != 0.0.0.0 && $host != :: ]] ||
+    die "server address '$server_address' stands for all addresses of the machine that listens, and none to go to; use the one that server.py prints"
+  check_model "$model"
   [[ -z $joins || -z $insecure ]] ||
     die "--join is for a server with --secure; leave out --insecure"
   [[ -z $join_only || -n $joins ]] || die "--join_only needs --join"
@@ -200,6 +208,8 @@ read_secret() {
     secret=$(cat)
   elif [[ $join == join1_* ]]; then
     secret=$join
+    [[ ! $secret =~ [[:space:]] ]] ||
+      die "the token of --join has spaces or line breaks; leave them out"
   elif [[ -f $file && -r $file ]]; then
     secret=$(<"$file")
   fi

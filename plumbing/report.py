@@ -1,7 +1,9 @@
 """What people see of a run: lines on the console, and report.png."""
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+import threading
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from federated.rounds import (
 from plumbing.board import MEGABYTES, TEMPERATURES, WATTS
 
 MAX_LINES = 20  # devices a round with a line of their own; metrics.jsonl has all
+LINES_AT_ONCE = 5  # on devices that come or go, in a period; the others are summed up
+PERIOD_SECONDS = 1.0
 SYNTHETIC = "synthetic images"
 
 
@@ -33,21 +37,79 @@ class Console:
         address: where devices reach the server.
         rounds: of the run.
         tested_on: kind of the test images; synthetic ones are named in every result.
+        source: the SHA-256 of the server's utils.py; devices with another one are named.
     """
 
-    def __init__(self, address: str, rounds: int, tested_on: str) -> None:
+    def __init__(
+        self, address: str, rounds: int, tested_on: str, source: str | None = None
+    ) -> None:
+        self.source = source
         self.address = address
         self.rounds = rounds
         self.where = f" ({tested_on})" if tested_on == SYNTHETIC else ""
+        self._lock = threading.Lock()
+        self._here: set[str] = set()  # cids
+        self._period: threading.Timer | None = None  # in which comings and goings are counted
+        self._shown = 0  # of them, with a line each
+        self._held: list[Joined | Left] = []  # the others
+        self._waiting_held: Waiting | None = None
 
     def __call__(self, event: Observed | Step) -> None:
-        for line in self._lines(event):
+        with self._lock:
+            if isinstance(event, Joined | Left):
+                change = self._here.add if isinstance(event, Joined) else self._here.discard
+                change(event.device.cid)
+                if not self._period:
+                    self._begin_period()
+                if self._shown >= LINES_AT_ONCE:
+                    self._held.append(event)
+                    return
+                self._shown += 1
+            elif isinstance(event, Waiting) and self._held:
+                self._waiting_held = event
+                return
+            else:
+                self._print_held()
+            self._print(self._lines(event))
+
+    def _begin_period(self) -> None:
+        self._shown = 0
+        self._period = threading.Timer(PERIOD_SECONDS, self._end_period)
+        self._period.daemon = True
+        self._period.start()
+
+    def _end_period(self) -> None:
+        with self._lock:
+            self._period = None
+            self._print_held()
+
+    def _print_held(self) -> None:
+        """Print the comings and goings that have no line yet, those of many devices in one."""
+        held, self._held = self._held, []
+        for kind, verb in ((Joined, "joined"), (Left, "left")):
+            events = [event for event in held if isinstance(event, kind)]
+            if len(events) < LINES_AT_ONCE:
+                for event in events:
+                    self._print(self._lines(event))
+                continue
+            names = listed([event.device.cid for event in events])
+            self._print([f"{len(events)} devices {verb}: {names}"])
+            if kind is Joined:
+                others = [event.device for event in events if self._code(event.device)]
+                self._print(self._code(others[0]) if others else [])
+        if waiting := self._waiting_held:
+            self._waiting_held = None
+            self._print(self._lines(waiting))
+
+    def _print(self, lines: Sequence[str]) -> None:
+        for line in lines:
             print(line)
 
     def _lines(self, event: Observed | Step) -> list[str]:
         match event:
             case Joined(device):
-                return [shortened(f"{device.name} joined: {device_summary(device)}", 299)]
+                joined = f"{device.name} joined: {device_summary(device)}"
+                return [shortened(joined, 299), *self._code(device)]
             case Left(device):
                 return [f"{device.name} left"]
             case Notice(text):
@@ -76,24 +138,57 @@ class Console:
                 return self._step(event)
         return []
 
+    def _code(self, device: Device) -> list[str]:
+        """Return a warning if the device trains with other code than the server tests with."""
+        theirs = device.properties.get("source", self.source)
+        if theirs == self.source or not self.source:
+            return []
+        return [
+            f"warning: {device.name} trains with another utils.py (sha256:{str(theirs)[:12]}) than "
+            f"this server's (sha256:{self.source[:12]}); give both the same, unless that is meant"
+        ]
+
     def _waiting(self, waiting: Waiting) -> str:
         shown = f"{waiting.connected} connected"
         shown += f", {waiting.busy} busy" if waiting.busy else ""
         shown += f", {waiting.left_out} left out" if waiting.left_out else ""
+        shown += self._missing(waiting.needed)
         devices = "1 device" if waiting.needed == 1 else f"{waiting.needed} devices"
         return f"waiting for {devices} at {self.address} ({shown})"
 
+    def _missing(self, needed: int) -> str:
+        """Return the numbers of those that are not here, where devices have numbers as names."""
+        numbers = {str(number) for number in range(needed)}
+        if not self._here or not self._here < numbers:
+            return ""
+        return f"; missing: {listed(numbers - self._here)}"
+
     def _step(self, step: Step) -> list[str]:
-        devices = [contribution_record(c) for c in step.contributions]
+        in_order = sorted(step.contributions, key=lambda c: natural(c.device.name))
+        devices = [contribution_record(c) for c in in_order]
+        width = max((len(device["name"]) for device in devices[:MAX_LINES]), default=0)
         more = [f"  … and {len(devices) - MAX_LINES} more in metrics.jsonl"]
         return [
             f"round {step.server_round}/{self.rounds}  devices {len(devices)}/{step.sampled}  "
             f"loss {step.evaluation['loss']:.3f}  accuracy "
             f"{100 * step.evaluation['accuracy']:.1f} %{self.where}  "
             f"{step.seconds + step.seconds_evaluate:.1f} s",
-            *map(device_line, devices[:MAX_LINES]),
+            *(device_line(device, width) for device in devices[:MAX_LINES]),
             *(more if len(devices) > MAX_LINES else []),
         ]
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts "device 9" before "device 10"."""
+    return [
+        (int(part) if part.isascii() and part.isdigit() else -1, part)
+        for part in re.split(r"([0-9]+)", name)
+    ]
+
+
+def listed(names: Collection[str], count: int = 10) -> str:
+    """Return the first names in order, with dots for the rest."""
+    return ", ".join(sorted(names, key=natural)[:count]) + ", …" * (len(names) > count)
 
 
 def device_summary(device: Device) -> str:
@@ -183,7 +278,8 @@ def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> 
     loss.set(title="Test loss", ylabel="cross-entropy")
     loss.set_ylim(0, 1.1 * max(filter(math.isfinite, losses), default=0) or 1)
 
-    names = sorted({device["name"] for metrics in rounds for device in metrics.get("devices", [])})
+    found = {device["name"] for metrics in rounds for device in metrics.get("devices", [])}
+    names = sorted(found, key=natural)
     for name in names:
         points = [
             (metrics["server_round"], device["seconds"])
@@ -218,16 +314,17 @@ def number(metrics: Mapping[str, Any], name: str) -> float:
     return value if isinstance(value, int | float) else math.nan
 
 
-def device_line(device: Mapping[str, Any]) -> str:
+def device_line(device: Mapping[str, Any], width: int = 10) -> str:
     """Return a line on what one device did in a round.
 
     Args:
+        width: of the names' column.
         device: an entry of "devices" in metrics.jsonl. Its "metrics" are the device's word:
             what is missing, of another type or absurd is left out.
     """
     metrics = device.get("metrics")
     metrics = metrics if isinstance(metrics, Mapping) else {}
-    cells = [f"{device.get('name', '')!s:<10}"]
+    cells = [f"{device.get('name', '')!s:<{width}}"]
 
     def add(value: Any, limits: tuple[float, float], cell: str, scale: float = 1) -> None:
         if type(value) in (int, float) and limits[0] <= value <= limits[1]:

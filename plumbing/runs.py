@@ -42,8 +42,8 @@ from plumbing.checkpoints import (
     encode_weights,
     finished_round,
     read_checkpoint,
-    write_whole,
 )
+from plumbing.files import write_whole
 
 NO_JSON = (ValueError, RecursionError)  # what json.loads raises for bytes from anywhere
 ROOT = Path(__file__).resolve().parent.parent
@@ -330,7 +330,8 @@ class RunDirectory:
             try:
                 if path.exists() and path.stat().st_size > MAX_EVENTS_BYTES:
                     raise OSError(0, f"it has reached {MAX_EVENTS_BYTES >> 20} MiB")
-                append(path, json.dumps(_without_nan(bounded)).encode() + b"\n", sync=False)
+                line = json.dumps(_without_nan(bounded)).encode() + b"\n"
+                descriptors.reserve.call(lambda: append(path, line, sync=False))
                 self._events_stopped = False
             except OSError as error:
                 if not self._events_stopped:

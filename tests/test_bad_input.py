@@ -44,12 +44,12 @@ def server_complaint(tmp_path: Path, *arguments: str) -> str:
         (["--epochs=-1"], "--epochs -1 is below 1"),
         (["--batch_size=0"], "--batch_size 0 is below 1"),
         (["--min_num_clients=0"], "--min_num_clients 0 is below 1"),
-        (["--sample_fraction=0"], "--sample_fraction 0.0 is outside (0, 1]"),
+        (["--sample_fraction=0"], "--sample_fraction 0 is outside (0, 1]"),
         (["--sample_fraction=1.5"], "--sample_fraction 1.5 is outside (0, 1]"),
         (["--sample_fraction=nan"], "--sample_fraction nan is outside (0, 1]"),
-        (["--lr=0"], "--lr 0.0 is not above 0"),
-        (["--lr=inf"], "--lr inf is not above 0"),
-        (["--seed=-1"], "--seed -1 is below 0"),
+        (["--lr=0"], "--lr 0 is not above 0"),
+        (["--lr=inf"], "--lr inf is not finite"),
+        (["--seed=-1"], "--seed -1 is outside [0, 2147483647]"),
         (
             ["--min_sample_size=3"],
             "--min_sample_size 3 is above --min_num_clients 2; a round cannot sample",
@@ -217,7 +217,7 @@ def test_data_directories_without_use_are_refused_on_both_sides(tmp_path, main):
     assert "is empty; put your images there" in said(empty)
 
     make_images(tmp_path / "one" / split, {"milk": 3})
-    assert "has 1 class folder(s) (milk); at least 2" in said(tmp_path / "one")
+    assert "has 1 class folder(s) (milk/); at least 2" in said(tmp_path / "one")
 
     make_images(tmp_path / "odd" / "train", {"milk": 3, "tomato": 3})
     make_images(tmp_path / "odd" / "test", {"milk": 3, "potato": 3})

@@ -139,7 +139,10 @@ def test_each_round_and_device_shuffles_in_its_own_way(device):
 
 def test_flower_is_imported_with_its_telemetry_off():
     code = (
-        "import sys, {0}, flwr.supercore.telemetry as telemetry\n"
+        "import sys\n"
+        "from plumbing import cli\n"
+        "cli.start('{0}.py')\n"
+        "import {0}, flwr.supercore.telemetry as telemetry\n"
         "sys.exit(telemetry.FLWR_TELEMETRY_ENABLED != '0')"
     )
     for program in ("client", "server"):
@@ -169,7 +172,8 @@ def test_garbage_is_looked_for_once_among_the_imports_and_not_at_the_end():
         "import atexit, gc, os, weakref\n"
         "atexit.register(lambda: gc.get_freeze_count() > 400_000 or os._exit(1))\n"
         "usual = gc.get_threshold()\n"
-        "import plumbing\n"
+        "from plumbing import cli\n"
+        "cli.start('client.py')\n"
         "class Cycle: pass\n"
         "cycle = Cycle()\n"
         "cycle.itself, garbage = cycle, weakref.ref(cycle)\n"
@@ -222,6 +226,7 @@ class Mean:
     """A trainer of one number: the mean of the numbers that it has."""
 
     model, names, classes, device, lr = "mean", ["mean"], ["a", "b"], "cpu", 1.0
+    source = "5eed"
 
     def describe(self):
         return "the mean of 3 numbers"
@@ -243,6 +248,8 @@ def test_another_trainer_is_served_without_importing_torch():
     device = client.Client("0", Mean())
     properties = device.get_properties({})
     assert (properties["images"], properties["data"]) == (3, "3 numbers, all of them")
+    assert properties["source"] == "5eed"
+    assert properties["weights"].startswith("1 arrays of 1 numbers, sha256:")
     weights, num_examples, metrics = device.fit([np.ones(1)], {"lr": 0.5})
     assert (weights, num_examples, metrics["loss"]) == ([3.0], 3, 0.5)
     assert device.evaluate([np.full(1, 2.0)], {}) == (2.0, 3, {})

@@ -182,7 +182,7 @@ def test_folders_without_images_are_an_error(tmp_path):
 
 def test_one_class_is_an_error(tmp_path):
     save(tmp_path / "train" / "cat" / "0.png")
-    with pytest.raises(FederationError, match=r"has 1 class folder\(s\) \(cat\); at least 2"):
+    with pytest.raises(FederationError, match=r"has 1 class folder\(s\) \(cat/\); at least 2"):
         load_data(tmp_path, "train")
 
 
@@ -209,7 +209,7 @@ def test_directory_without_data_says_what_is_wrong_and_what_to_do(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FederationError, match=rf"file' is not a directory; {todo}"):
         load_data(tmp_path / "file", "train")
-    with pytest.raises(FederationError, match=rf"neither CIFAR-10 nor folders .*; {todo}"):
+    with pytest.raises(FederationError, match=r"needs train/<class>/\* and .*, and has file$"):
         load_data(tmp_path, "train")
 
 
@@ -461,3 +461,27 @@ def test_synthetic_set_is_learnable_but_not_trivially():
     utils.train(net, utils.TrainLoader(train, 32), Settings(0.02, 0.02), log=lambda line: None)
     torch.set_num_threads(threads)
     assert 0.2 < utils.test(net, test).accuracy < 0.95
+
+
+# --- Folders of another layout ---
+
+
+@pytest.mark.parametrize(
+    ("images", "problem"),
+    [
+        (["0.png", "1.png"], r"needs train/<class>/\* and test/<class>/\*, and has 0.png, 1.png$"),
+        (["cat/0.png", "dog/0.png"], r"needs train/<class>/\* and .*, and has cat/, dog/$"),
+        ([f"{i}.png" for i in range(9)], r"and has 0.png, 1.png, 2.png, …$"),
+        (["mine/train/cat/0.png"], r"and has mine/; is it --data_dir /.*/mine\?$"),
+        (
+            ["train/0.png", "train/1.png"],
+            r"has 0 class folder\(s\) \(0.png, 1.png\); .* needed, as train/<class>/\*$",
+        ),
+    ],
+)
+def test_folder_of_another_layout_is_shown_beside_the_one_that_is_needed(tmp_path, images, problem):
+    for image in images:
+        save(tmp_path / image)
+    with pytest.raises(FederationError, match=problem) as error:
+        load_data(tmp_path, "train")
+    assert "CIFAR-10" not in str(error.value)

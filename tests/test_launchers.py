@@ -32,8 +32,8 @@ ARGUMENTS = ["--server_address=192.168.1.10:8080", "--cid=0", "--model=Net"]
 
 # What Debian has on every board: bash, coreutils, findutils, mawk.
 DEBIAN = [
-    "awk", "bash", "cat", "cut", "dirname", "env", "find", "id", "mkdir", "realpath",
-    "sha256sum", "sort", "stat", "tail", "tr",
+    "awk", "bash", "cat", "cut", "dirname", "env", "find", "grep", "id", "mkdir", "realpath",
+    "sed", "sha256sum", "sort", "stat", "tail", "tr",
 ]  # fmt: skip
 
 DOCKER = """#!/usr/bin/env bash
@@ -147,7 +147,13 @@ class Device:
             (self.tree / "base_images" / kind / "Dockerfile").write_text(f"FROM {kind}\n")
         (self.tree / "base_images/requirements.txt").write_text("flwr==1.41.0\n")
         (self.tree / "plumbing").mkdir()
-        for script in ("run_pi.sh", "run_jetson.sh", "plumbing/launch.sh"):
+        for script in (
+            "run_pi.sh",
+            "run_jetson.sh",
+            "plumbing/launch.sh",
+            "plumbing/models.sh",
+            "utils.py",
+        ):
             shutil.copy(ROOT / script, self.tree / script)
         self.state = home / "stand-in"
         (self.state / "images").mkdir(parents=True)
@@ -581,6 +587,7 @@ def test_server_found_by_multicast_is_found_while_joining(device):
         (["--join"], ["--join lacks a token"]),
         (["--join="], ["--join lacks a token"]),
         (["--join", "--model=Net"], ["--join lacks a token"]),
+        (["--join=join1_a b"], ["--join has spaces or line breaks"]),
         (["--join=no/such file"], ["neither a token (join1_…", "nor a file"]),
         (["--join=."], ["neither a token"]),
         (["--join=-"], ["neither a token"]),  # with nothing on standard input
@@ -729,7 +736,10 @@ def test_buildkit_is_used_where_docker_has_it(device, version, no_buildx, buildk
         (["--server_address=10.0.0.1:80", "--cid=-h"], ["--cid '-h'", "no '-' in front"]),
         (["--server_address=10.0.0.1", "--cid=0"], ["'10.0.0.1' is not HOST:PORT"]),
         (["--server_address=fd00::1:80", "--cid=0"], ["'fd00::1:80' is not HOST:PORT"]),
-        (["--server_address=http://a:80", "--cid=0"], ["'http://a:80' is not HOST:PORT"]),
+        (["--server_address=http://a:80", "--cid=0"], ["name of a protocol; leave it out: a:80"]),
+        (["--server_address=0.0.0.0:80", "--cid=0"], ["use the one that server.py prints"]),
+        (["--server_address=[::]:80", "--cid=0"], ["use the one that server.py prints"]),
+        (["--server_address=a:80", "--cid=0", "--model=net"], ["no model 'net'", "has Net, PiNet"]),
         (["--server_address=$(reboot):80/x", "--cid=0"], ["is not HOST:PORT"]),
     ],
 )

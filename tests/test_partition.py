@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federated.errors import FederationError
-from federated.partitions import parse_partition, partition
+from federated.partitions import partition
+from federated.settings import parse_partition
 
 SEEDS = st.integers(0, 2**32 - 1)
 SCHEMES = st.just("iid") | st.floats(-6, 6).map(lambda power: f"dirichlet:{10**power!r}")

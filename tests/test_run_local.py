@@ -157,11 +157,11 @@ def test_death_of_one_ends_all(launch, tmp_path, victim):
 
 def test_wrong_argument_ends_all_with_the_servers_line(launch, tmp_path):
     run = launch(
-        ROOT / "run_local.sh", "--data_dir=synthetic:400", "--lr=-1", "--min_num_clients=1",
-        "--min_sample_size=1",
+        ROOT / "run_local.sh", "--data_dir=synthetic:400", "--strategy=FedSGD",
+        "--min_num_clients=1",
     )  # fmt: skip
     assert run.finish() == 1
-    assert "server   | server.py: --lr -1 is not above 0" in run.output
+    assert "server   | server.py: no strategy 'FedSGD'" in run.output
     assert_nothing_left(run)
 
 
@@ -171,11 +171,22 @@ def test_wrong_argument_ends_all_with_the_servers_line(launch, tmp_path):
         (["--min_num_clients=two"], "--min_num_clients 'two' is not a whole number above 0"),
         (["--batch-size", "0"], "--batch_size '0' is not a whole number above 0"),
         (["--rounds"], "--rounds '' is not a whole number above 0"),
+        (["--model=ResNet"], "no model 'ResNet'; utils.MODELS has Net, PiNet, ResNet18"),
+        (["--lr", "-1"], "--lr -1 is not above 0"),
+        (
+            ["--partition=half"],
+            "no partition 'half'; choose auto, iid, none or dirichlet:0.5 "
+            "(any number from 1e-6 to 1e6)",
+        ),
         (["--resume", "no run"], "no run to resume in '{cwd}/no run': it has no config.json"),
     ],
 )
 def test_argument_is_checked_before_python_is_set_up(launch, tmp_path, arguments, line):
-    for name in ("run_local.sh", "requirements.txt", "plumbing/venv.sh"):  # and no .venv
+    names = ["run_local.sh", "requirements.txt", "utils.py"]  # and no .venv
+    for name in [*names, *(f"{room}/" for room in ("plumbing", "federated"))]:
+        if name.endswith("/"):
+            shutil.copytree(ROOT / name, tmp_path / name)
+            continue
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     run = launch(tmp_path / "run_local.sh", *arguments, cwd=tmp_path)
@@ -283,3 +294,12 @@ def test_damaged_settings_are_one_line(launch, tmp_path, config, part):
     (line,) = run.lines
     assert line.startswith("run_local.sh: ")
     assert part in line
+
+
+def test_nothing_is_fetched_into_a_folder_with_other_things(launch, tmp_path):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    run = launch(ROOT / "run_local.sh", "--data_dir", tmp_path / "photos")
+    assert run.finish() == 1
+    assert "needs train/<class>/* and test/<class>/*, and has cat/" in run.output
+    assert "fetching CIFAR-10" not in run.output
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat"]

@@ -36,8 +36,8 @@ def test_walk_through_to_a_saved_model_that_starts_the_next_run(
 
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoint.safetensors", "checkpoint.previous.safetensors",
-        "model.safetensors", "report.png", "lock",
+        "config.json", "metrics.jsonl", "events.jsonl", "checkpoint.safetensors",
+        "checkpoint.previous.safetensors", "model.safetensors", "report.png", "lock",
     }  # fmt: skip
     config = json.loads((run / "config.json").read_text())
     assert config["epochs"] == 2
@@ -130,7 +130,7 @@ def test_stock_flower_client_trains_in_our_run(start_server, launch, tmp_path):
     client = launch(sys.executable, "-c", STOCK_CLIENT, address)
     assert server.finish() == 0
     assert client.finish() == 0
-    assert "device ? joined: a client that says nothing of its board" in server.output
+    assert "device ? joined: a client that reports nothing of its board" in server.output
 
     after = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
     for name, before in utils.build_model("Net", 10, seed=0).state_dict().items():
@@ -206,11 +206,12 @@ def test_signal_ends_a_client_in_the_middle_of_an_epoch(start_server, start_clie
     assert {server.wait_for(dropped)[1] for _ in clients} == {"0", "1"}
 
 
-def test_run_whose_replies_make_no_model_ends_with_the_reason(start_server, start_client):
-    server, address = start_server(strategy="Bulyan", min_num_clients="1", min_sample_size="1")
-    start_client(address, 0)
+def test_run_whose_replies_make_no_model_ends_with_the_reason(start_server, launch):
+    server, address = start_server(strategy="Bulyan", min_num_clients="3", min_sample_size="3")
+    for number in ("1", "nan", "nan"):  # one good reply, where Bulyan needs three
+        launch(sys.executable, "-c", STOCK_CLIENT.replace("(1)", f"('{number}')"), address)
     assert server.finish() == 1
-    assert "round 1: Bulyan cannot aggregate: The Bulyan aggregation requires" in server.output
+    assert "round 1: Bulyan makes no model of these updates" in server.output
     assert server.lines[-1].startswith("server.py: round 1 brought no new model in 3 attempts")
 
 
@@ -236,4 +237,55 @@ def test_client_gives_up_after_max_wait_seconds(start_client):
     assert client.finish() == 1
     assert (
         "for 1 s, giving up (connection refused); is server.py running there?" in client.lines[-1]
+    )
+
+
+OTHER_NET = """
+import sys, runpy, torch_trainer, utils
+class Net(utils.Net):
+    def __init__(self, num_classes=10):
+        super().__init__(num_classes)
+        {change}
+utils.MODELS["Net"] = Net
+torch_trainer.TorchTrainer.source = "c0ffee" * 10 + "beef"
+sys.argv = ["client.py", *sys.argv[1:]]
+import client
+client.main()
+"""
+
+
+def test_other_code_under_the_same_name_is_refused_or_named(start_server, launch, start_client):
+    server, address = start_server(rounds="1")
+    flags = [f"--server_address={address}", "--data_dir=synthetic:400", "--cid=1"]
+
+    def client_with(change):
+        return launch(sys.executable, "-c", OTHER_NET.format(change=change), *flags, cwd=ROOT)
+
+    wider = client_with("self.fc1 = utils.nn.Linear(400, 121); self.fc2 = utils.nn.Linear(121, 84)")
+    assert wider.finish() == 1
+    problem = (
+        r"its Net has 10 arrays of 62,491 numbers, sha256:\w{12}, the server's "
+        r"10 arrays of 62,006 numbers, sha256:\w{12}; give both the same utils.py"
+    )
+    assert re.search(problem, wider.output)
+    server.wait_for("refused device 1: " + problem)
+
+    same_form = client_with("pass")
+    server.wait_for(
+        r"warning: device 1 trains with another utils.py \(sha256:c0ffeec0ffee\) "
+        r"than this server's \(sha256:\w{12}\)"
+    )
+    start_client(address, 0)
+    assert (server.finish(), same_form.finish()) == (0, 0)
+    assert "warning: device 0" not in server.output
+
+
+@pytest.mark.parametrize("lr", ["1e6", "1e38"])
+def test_learning_rate_that_makes_training_diverge_is_named(start_server, start_client, lr):
+    server, address = start_server(lr=lr, min_num_clients="1", min_sample_size="1")
+    start_client(address, 0)
+    assert server.finish() == 1
+    assert server.lines[-1] == (
+        "server.py: round 1 brought no new model in 3 attempts; training diverges; start again "
+        f"with a --lr below this round's {float(lr):g}"
     )

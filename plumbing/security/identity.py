@@ -9,7 +9,6 @@ import getpass
 import json
 import logging
 import os
-import socket
 import ssl
 import sys
 import time
@@ -22,8 +21,9 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from federated.errors import FederationError, NotYet, Refused
-from plumbing.addresses import parse_address, resolve
+from plumbing.addresses import connected, other_service, parse_address
 from plumbing.security import keys
+from plumbing.security.complaints import bounded
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ def shown_certificates(server_address: str, seconds: float) -> list[x509.Certifi
     context.set_alpn_protocols(["h2"])
     try:
         with (
-            _connected(server_address, max(0.5, min(seconds, PROBE_SECONDS))) as plain,
+            connected(server_address, max(0.5, min(seconds, PROBE_SECONDS))) as plain,
             context.wrap_socket(plain) as tls,
         ):
             # Public from Python 3.13 on, the same before.
@@ -276,18 +276,6 @@ def shown_certificates(server_address: str, seconds: float) -> list[x509.Certifi
                 "what listens there hangs up on TLS; start server.py with --secure"
             ) from None
         raise NotYet((error.strerror or str(error)).lower()) from None
-
-
-def _connected(server_address: str, seconds: float) -> socket.socket:
-    """Return a connection to the first address that takes one, as gRPC does."""
-    addresses = resolve(server_address)
-    for i, address in enumerate(addresses):
-        try:
-            return socket.create_connection(address, timeout=seconds)
-        except OSError:
-            if i == len(addresses) - 1:
-                raise
-    raise AssertionError("resolve returns addresses or raises")
 
 
 def _certificate(shown: Any) -> x509.Certificate:
@@ -326,25 +314,34 @@ def _pick_authority(
     )
 
 
-def connection_problem(server_address: str, identity: Identity | None, seconds: float) -> str:
-    """Return why no connection comes about, as far as the server's certificate shows, or "".
+def connection_problem(
+    server_address: str, identity: Identity | None, seconds: float
+) -> tuple[str, bool]:
+    """Return why no connection comes about, as far as can be seen from here, or "".
+
+    Also whether something listens there that is not server.py, or not as this device needs it.
 
     Raises:
         Refused: trying again would not help.
     """
     try:
+        chain = shown_certificates(server_address, seconds)
+        if not keys.common_name(chain[-1]).startswith(keys.AUTHORITY_NAME):
+            return f"{_stranger(chain[0])} listens there, not server.py", True
         if identity is None:
-            shown_certificates(server_address, seconds)
             raise Refused(
                 f"the server at {server_address} lets in only devices that its owner admitted; "
                 "join with --join=TOKEN, as server.py prints it"
             )
-        chain = shown_certificates(server_address, seconds)
         _pick_authority(chain, server_address, identity.authority_hash)
     except NoTLS as error:
-        return "" if identity is None else f"{error}, or this client with --insecure"
+        if other := other_service(server_address, max(0.5, min(seconds, PROBE_SECONDS))):
+            return f"{other} listens there, not server.py", True
+        return (
+            ("", False) if identity is None else (f"{error}, or this client with --insecure", True)
+        )
     except NotYet:
-        return ""
+        return "", False
     host, _ = parse_address(server_address)
     with contextlib.suppress(x509.ExtensionNotFound, ValueError):
         names = chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -360,5 +357,11 @@ def connection_problem(server_address: str, identity: Identity | None, seconds: 
         return (
             f"this device's clock shows {keys.now():%Y-%m-%d %H:%M} UTC, the server's certificate "
             f"is for {begin:%Y-%m-%d} to {end:%Y-%m-%d}"
-        )
-    return "the server hangs up on this device's certificate"
+        ), False
+    return "the server hangs up on this device's certificate", False
+
+
+def _stranger(certificate: x509.Certificate) -> str:
+    """Return what a server with such a certificate is; the name is a stranger's word."""
+    name = bounded(keys.common_name(certificate) or "no name", 60)
+    return f"another TLS server ({name!a})"

@@ -50,6 +50,7 @@ AUTHORITY_LIFE = 3650 * DAY
 SERVER_LIFE = 60 * DAY
 DEVICE_LIFE = 365 * DAY
 NOBODY = "nobody"
+AUTHORITY_NAME = "flower-embedded"  # begins the name of each authority
 
 TOKEN_PREFIX = "join1_"
 SECRET_BYTES = 16
@@ -334,7 +335,7 @@ class Authority:
     @staticmethod
     def _make() -> tuple[bytes, bytes]:
         key = new_key()
-        name = _name(f"flower-embedded {secrets.token_hex(4)}")
+        name = _name(f"{AUTHORITY_NAME} {secrets.token_hex(4)}")
         builder = _builder(
             name, name, key.public_key(), now() - CLOCK_SLACK, now() + AUTHORITY_LIFE, None
         )
@@ -469,6 +470,8 @@ def parse_token(text: str) -> Token:
         FederationError: it is none, or mistyped; the message does not show it.
     """
     problem = "--join is no token: it must be as server.py prints it, join1_ and 70 characters more"
+    if len(text.split()) > 1:
+        raise FederationError("the token of --join has spaces or line breaks; leave them out")
     if not re.fullmatch(TOKEN_PREFIX + "[A-Za-z0-9_-]*", text):
         raise FederationError(problem)
     try:

@@ -20,6 +20,7 @@ import numpy as np
 
 from federated.errors import FederationError, NotYet, Refused
 from plumbing.addresses import UnknownHost, resolve
+from plumbing.security.complaints import bounded
 from plumbing.security.identity import NO_PROXY, Identity, connection_problem
 from plumbing.stream import wire
 
@@ -30,6 +31,7 @@ HELLO = "/plumbing.Fleet/Hello"
 MAX_PAUSE_SECONDS = 30.0
 HELLO_SECONDS = 10.0  # gRPC itself tries for 20 s to reach an address that swallows packets
 MIN_PAUSE_SECONDS = 0.5
+HOPELESS_SECONDS = 60.0  # with the same wrong program at the address
 # A stock Flower server hangs up on a client that probes more often than every 300 s.
 STOCK_KEEPALIVE_SECONDS = 310.0
 
@@ -122,7 +124,8 @@ def _keep_trying(
     stay: bool,
 ) -> None:
     failures = 0
-    last_seen = time.monotonic()
+    last_seen = wrong_since = time.monotonic()
+    wrong = ""  # what has listened there since then
     while True:
         started = time.monotonic()
         left = math.inf if max_wait_seconds is None else last_seen + max_wait_seconds - started
@@ -130,6 +133,8 @@ def _keep_trying(
         if outcome.done and not stay:
             return
         now = time.monotonic()
+        if not outcome.wrong_server or outcome.reason != wrong:
+            wrong, wrong_since = outcome.reason if outcome.wrong_server else "", now
         if outcome.connected:
             # A server that takes a device and drops it at once is not worth hurrying for.
             failures = 0 if now - started > MAX_PAUSE_SECONDS else failures
@@ -151,9 +156,12 @@ def _keep_trying(
         elif outcome.connected:
             logger.info(f"left {server_address} ({outcome.reason}), next try in {pause:.0f} s")
         else:
+            hint = "is server.py running there?"
+            if wrong and now - wrong_since >= HOPELESS_SECONDS:
+                hint = "waiting will hardly help: check --server_address, and server.py there"
             logger.info(
                 f"no server at {server_address} yet ({outcome.reason}), "
-                f"next try in {pause:.0f} s (is server.py running there?)"
+                f"next try in {pause:.0f} s ({hint})"
             )
         time.sleep(pause)
 
@@ -183,6 +191,9 @@ class _Worker:
     def _answer(self, request: wire.Request) -> bytes:
         round_id = str(request.config.get(wire.ROUND_ID, ""))
         if request.kind == "get_properties":
+            if note := request.config.get(wire.NOTE):
+                logger.info(bounded(str(note)))
+                return wire.encode_properties_reply({})
             properties = self.client.get_properties(request.config)
             held = {wire.ROUND_ID: self.round_id} if self.round_id else {}
             own = {wire.PIECES: True, wire.VERSION: wire.PROTOCOL}
@@ -235,6 +246,7 @@ class _Outcome:
     connected: bool = False  # the server spoke
     done: bool = False  # the server ended the run
     reason: str = ""  # why the connection ended
+    wrong_server: bool = False  # something else listens there
     pause_seconds: float = 0.0  # how long the server wants to be left alone
 
 
@@ -296,7 +308,11 @@ def _recorded(
             raise Refused(f"the server refuses this device: {error.details()}") from None
         outcome.reason = _plain_words(error)
         if error.code() == grpc.StatusCode.UNAVAILABLE and not outcome.connected:
-            outcome.reason = connection_problem(server_address, identity, seconds) or outcome.reason
+            problem, outcome.wrong_server = connection_problem(server_address, identity, seconds)
+            outcome.reason = problem or outcome.reason
+        if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+            outcome.reason = "what listens there does not know Flower's messages"
+            outcome.wrong_server = True
         if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and worker:
             # The server sees a broken connection. Without a reason it would ask for ever.
             worker.round_id, worker.weights, worker.problem = "", [], outcome.reason

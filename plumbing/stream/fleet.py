@@ -53,6 +53,7 @@ from plumbing.stream.session import (
 )
 
 GREETING_SECONDS = 300.0  # to report what it is; a Pi may have to cut its partition first
+NAME_SECONDS = 0.5  # a broken connection is mostly noticed by then, and its name free
 PAUSE_SECONDS = 5  # then devices come back to a server that was interrupted
 # For a connection to speak TLS and HTTP/2: that takes a Pi 3 some 20 ms of processor time, and
 # 1,000 devices that come at once take a server 3.3 s.
@@ -372,8 +373,18 @@ class StreamFleet(Fleet):
         A device that lost its power comes back before its dead connection is noticed: the old
         one has the time in which a dead one is found out.
         """
-        deadline = time.monotonic() + self.keepalive_seconds * 2.8 + 1
+        patience = self.keepalive_seconds * 2.8 + 1
+        started = time.monotonic()
+        deadline, noted = started + patience, False
         while device.cid in self._sessions:
+            if not noted and time.monotonic() - started > NAME_SECONDS:
+                noted = True
+                other = f"another connection has --cid={device.cid}"
+                self._notice(f"{device.name} waits up to {patience:.0f} s to join: {other}")
+                note = f"{other}; waiting up to {patience:.0f} s for the server to give it up"
+                await context.write(wire.encode_get_properties({wire.NOTE: note}))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(context.read(), patience)
             if time.monotonic() > deadline:
                 reason = f"a device with --cid={device.cid} is connected already; give each its own"
                 if self.gate:

@@ -56,6 +56,9 @@ FIRST_CHUNK_BYTES = 1 << 16  # of a larger model, then twice as much: a stall is
 FIRST, COUNT = "first", "count"  # which arrays
 SKIP, TAKE = "skip", "take"  # of the only one of them: which bytes
 
+# In the config of a get_properties: a line for the device's screen. Its answer is not read.
+NOTE = "note"
+
 # Raised when one end of another version would misunderstand the other. In a device's
 # properties and in the answer to Hello; absent it is 1.
 PROTOCOL = 2

@@ -141,6 +141,15 @@ def test_round_without_a_usable_reply_is_repeated_and_then_ends_the_run():
         np.testing.assert_array_equal(job.model["w"], small_model()["w"])
 
 
+def test_training_that_diverges_on_every_device_names_the_learning_rate():
+    run = Run(MemoryFleet({"0": adding(np.nan), "1": adding(np.inf)}), retries=1)
+    with pytest.raises(FederationError, match=r"in 2 attempts; training diverges$"):
+        run.finish()
+    run = Run(MemoryFleet({"0": adding(np.nan), "1": lambda job: BadReply("no")}), retries=1)
+    with pytest.raises(FederationError, match=r"in 2 attempts; the reasons are above$"):
+        run.finish()
+
+
 def test_attempt_with_too_few_good_replies_leaves_no_trace():
     devices = {"0": adding(1), "1": in_turn(lambda job: BadReply("no"), adding(3))}
     run = Run(MemoryFleet(devices), min_replies=2, retries=1).finish()

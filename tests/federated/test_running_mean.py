@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server import WeightedMean
+from federated.strategies import RunningMean
 
 SHAPES = [(3, 2, 5, 5), (7,), (), (0, 4)]
 
@@ -17,11 +17,15 @@ def updates_of(seed, count, shapes=SHAPES, dtype=np.float32):
     return [*zip(updates, map(int, rng.integers(1, 25_000, count)), strict=True)]
 
 
+def named(arrays):
+    return {str(i): array for i, array in enumerate(arrays)}
+
+
 def mean_of(updates):
-    mean = WeightedMean(updates[0][0])
-    for weights, num_examples in updates:
-        mean.add(weights, num_examples)
-    return mean.result()
+    mean = RunningMean(named(updates[0][0]))
+    for arrays, num_examples in updates:
+        mean.add(named(arrays), num_examples)
+    return [mean.mean(name) for name in mean.sums]
 
 
 def by_hand(updates):
@@ -44,7 +48,7 @@ def test_it_is_the_mean_weighted_by_examples(dtype):
     for found, expected, like in zip(
         mean_of(updates), by_hand(updates), updates[0][0], strict=True
     ):
-        assert (found.shape, found.dtype) == (like.shape, like.dtype)
+        assert (found.shape, found.dtype) == (like.shape, np.float64)
         np.testing.assert_allclose(found, expected, rtol=np.finfo(dtype).eps, atol=1e-10)
 
 
@@ -82,7 +86,7 @@ def test_neither_does_it_with_values_far_apart(pairs, random):
 
 
 def test_arrays_larger_than_a_chunk_are_added_whole():
-    updates = updates_of(2, 3, shapes=[(3 * WeightedMean.CHUNK + 1,), (WeightedMean.CHUNK,)])
+    updates = updates_of(2, 3, shapes=[(3 * RunningMean.CHUNK + 1,), (RunningMean.CHUNK,)])
     for found, expected in zip(mean_of(updates), by_hand(updates), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-10)
 
@@ -91,14 +95,6 @@ def test_large_finite_values_stay_finite():
     big = np.array([np.finfo(np.float32).max], np.float32)
     updates = [([sign * big], 25_000) for sign in (1, -1, 1, 1)]
     np.testing.assert_allclose(mean_of(updates)[0], big / 2, rtol=1e-6)
-
-
-def test_integer_buffers_are_rounded_not_cut():
-    updates = [([np.array(value)], n) for value, n in ((781, 100), (782, 300), (784, 100))]
-    (mean,) = mean_of(updates)
-    assert (mean.dtype, mean.shape, int(mean)) == (np.dtype(np.int64), (), 782)  # 782.2
-    updates = [([np.array([-3, 5], np.int32)], 1), ([np.array([-4, 6], np.int32)], 3)]
-    assert mean_of(updates)[0].tolist() == [-4, 6]  # -3.75, 5.75
 
 
 def test_fortran_order_and_read_only_arrays_are_added_as_they_are():
@@ -112,5 +108,5 @@ def test_it_does_not_touch_the_updates_and_owns_its_result():
     updates = updates_of(3, 2)
     before = [bits(weights) for weights, _ in updates]
     for array in mean_of(updates):
-        array[...] = 9
+        np.asarray(array)[...] = 9
     assert [bits(weights) for weights, _ in updates] == before

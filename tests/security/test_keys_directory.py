@@ -410,5 +410,5 @@ def test_name_whose_first_address_is_dead_is_tried_at_the_next(open_fleet, ident
     fleet = open_fleet()
     port = int(fleet.address.rpartition(":")[2])
     both = [("::1", port), ("127.0.0.1", port)]  # as localhost often is
-    monkeypatch.setattr("plumbing.security.identity.resolve", lambda address: both)
+    monkeypatch.setattr("plumbing.addresses.resolve", lambda address: both)
     identity("0", token=token_for(fleet.gate)).prepare(f"localhost:{port}", 5)

@@ -1,9 +1,12 @@
 """What a clumsy owner is told: one line, what is wrong and what to do, and exit code 1."""
 
+import contextlib
 import io
 import signal
 import socket
+import sqlite3
 import sys
+import time
 
 import pytest
 
@@ -44,7 +47,7 @@ def open_server():
         (["--keys=x"], "--keys needs --secure"),
         (["--names=a.example"], "--names needs --secure"),
         (["--unauthenticated_address=127.0.0.1:0"], "--unauthenticated_address needs --secure"),
-        (["--secure", "--names=a b"], "--names 'a b' is no host name or IP address; say"),
+        (["--secure", "--names=a b"], "--names 'a b' is no host name or IP address; example:"),
         (["--secure", "--names=a.example,ü"], r"--names '\xfc' is no host name or IP address"),
         (["--secure", "--unauthenticated_address=8080"], "server address '8080' is not HOST:PORT"),
         (["--secure", "--unauthenticated_address=203.0.113.5:0"], "not an address of this machine"),
@@ -106,7 +109,12 @@ def client_complaint(tmp_path, *arguments: str) -> str:
         (["--join=abc"], "--join is neither a token (join1_…, as server.py prints it) nor a file"),
         (["--join=join1_"], "--join is no token: it must be as server.py prints it"),
         (["--join=join1_" + "A" * 70], "a character of it is wrong or missing"),
-        (["--join=join1_a b"], "--join is no token"),
+        (["--join=join1_a b"], "the token of --join has spaces or line breaks; leave them out"),
+        (["--server_address=0.0.0.0:80"], "use the one that server.py prints"),
+        (
+            ["--server_address=http://a:80"],
+            "begins with the name of a protocol; leave it out: a:80",
+        ),
         (["--join="], "--join is neither a token"),
         (["--join=/"], "--join is neither a token"),
         (["--join=/dev/null"], "--join is no token"),
@@ -227,6 +235,23 @@ def test_revoking_several_revokes_those_that_are_admitted_and_names_the_others(m
     assert "device 1 was revoked already, on " in problems
     assert "no device '9' is admitted" in problems
     assert all(device.revoked for device in gate.admissions.all())
+
+
+def test_prune_removes_the_revoked_and_with_days_those_not_seen(make_gate, devices):
+    admissions = make_gate().admissions
+    for cid in ("0", "1", "2"):
+        admissions.admit(cid, f"hash {cid}", b"")
+    admissions.revoke("1")
+    assert "removed 1 of the list: 1\n" in devices("prune")
+    assert "removed 0 of the list\n" in devices("prune")
+    assert [device.cid for device in admissions.all()] == ["0", "2"]
+    with contextlib.closing(sqlite3.connect(admissions.path)) as db, db:
+        db.execute("UPDATE devices SET last_seen = ? WHERE cid = '2'", [time.time() - 8 * 86400])
+    assert "removed 0 of the list\n" in devices("prune", "--days=9")
+    assert "removed 1 of the list: 2\n" in devices("prune", "--days=7")
+    assert [device.cid for device in admissions.all()] == ["0"]
+    assert "is not admitted here" in admissions.objection("2", "hash 2")
+    assert "--days 0 must be above 0" in devices("prune", "--days=0", code=1)
 
 
 def test_device_named_like_a_flag_on_an_older_list_can_be_revoked(make_gate, devices):

@@ -66,7 +66,9 @@ def test_checkpoint_round_trip_keeps_order_types_and_notes(tmp_path):
     with safetensors.safe_open(path, "np") as file:
         notes = file.metadata()
     assert re.fullmatch("[0-9a-f]{64}", notes.pop("content_sha256"))
-    assert notes == {"server_round": "1", "model": "Net", "classes": '["milk", "tomato"]'}
+    assert notes == {
+        "server_round": "1", "model": "Net", "classes": '["milk", "tomato"]', "memory": "{}",
+    }  # fmt: skip
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == CONFIG
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     when = datetime.fromisoformat(row.pop("time"))
@@ -77,9 +79,10 @@ def test_checkpoint_round_trip_keeps_order_types_and_notes(tmp_path):
 
 def test_checkpoint_brings_back_round_weights_and_the_strategys_state(tmp_path):
     state = {"m_t/0": np.arange(6.0).reshape(2, 3)}
-    RunDirectory(tmp_path / "run", CONFIG).save(7, WEIGHTS, state)
-    server_round, weights, restored = load_checkpoint(tmp_path / "run", WEIGHTS, "Net")
-    assert server_round == 7
+    memory = {"strategy": {"round": 7}, "bounds": {"norms": [0.5, 1e300]}}
+    RunDirectory(tmp_path / "run", CONFIG).save(7, WEIGHTS, state, memory=memory)
+    server_round, weights, restored, remembered = load_checkpoint(tmp_path / "run", WEIGHTS, "Net")
+    assert (server_round, remembered) == (7, memory)
     np.testing.assert_array_equal(weights["a"], WEIGHTS["a"])
     assert restored.keys() == state.keys()
     np.testing.assert_array_equal(restored["m_t/0"], state["m_t/0"])
@@ -124,7 +127,7 @@ def test_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path, capsys, dama
     run = make_run(tmp_path / "run", rounds=3)
     last, previous = run / "checkpoint.safetensors", run / "checkpoint.previous.safetensors"
     damage(last)
-    server_round, weights, _ = load_checkpoint(run, WEIGHTS, "Net")
+    server_round, weights, *_ = load_checkpoint(run, WEIGHTS, "Net")
     assert server_round == 2
     np.testing.assert_array_equal(weights["a"], weights_of(2)["a"])
     said = capsys.readouterr().err
@@ -195,7 +198,7 @@ def test_crash_at_any_instant_of_a_save_leaves_a_whole_checkpoint(
             except Crash:
                 crashed = True
         resumed.close()
-        server_round, weights, _ = load_checkpoint(run, WEIGHTS, "Net")
+        server_round, weights, *_ = load_checkpoint(run, WEIGHTS, "Net")
         np.testing.assert_array_equal(weights["a"], weights_of(server_round)["a"])
         assert server_round == 3 if not crashed else server_round in (2, 3)
         again = RunDirectory(run, CONFIG, resumed_round=server_round)

@@ -104,8 +104,10 @@ def test_second_device_with_a_cid_is_refused_and_the_first_stays(open_fleet, joi
     recorder.wait_for(1)
     with pytest.raises(Refused, match="a device with --cid=0 is connected already; give each its"):
         Adder("0").serve(fleet.address)
-    recorder.until(lambda: len(recorder.lines()) > 1)
-    assert recorder.lines()[1].startswith("refused device 0: a device with --cid=0")
+    recorder.until(lambda: len(recorder.lines()) > 2)
+    waits, refused = recorder.lines()[1:]
+    assert waits.startswith("device 0 waits up to 2 s to join: another connection has --cid=0")
+    assert refused.startswith("refused device 0: a device with --cid=0")
     (result,) = recorder.exchange(small_model())
     assert result.update
 

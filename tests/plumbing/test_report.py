@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from plumbing.report import device_line, draw_report
+from federated.rounds import Contribution, Device, Joined, Left, Step, Waiting
+from plumbing.report import Console, device_line, draw_report
 from plumbing.runs import RunDirectory
 
 
@@ -133,3 +135,62 @@ def test_no_word_of_a_device_breaks_its_line(entry, metrics):
     line = device_line({**entry, "name": "device 0", "metrics": metrics})
     assert LINE.fullmatch(line)
     assert len(line) < 300
+
+
+# --- The console, with many devices ---
+
+
+def step_of(names):
+    contributions = [Contribution(Device(n), 10, 10, 1.0, {}, 1.0, 10, 10) for n in names]
+    return Step(1, {}, {"loss": 1.0, "accuracy": 0.5}, len(names), contributions, [], 1.0, 0.1)
+
+
+def test_many_devices_that_join_at_once_take_few_lines_and_the_missing_are_named(capsys):
+    console = Console("here:1", 5, "")
+    here = [cid for cid in map(str, range(50)) if cid not in ("3", "17")]
+    for count, cid in enumerate(here, 1):
+        console(Joined(Device(cid)))
+        console(Waiting(50, count, 0, 0))
+    deadline = time.monotonic() + 10
+    printed = ""
+    while "missing: 3, 17)" not in printed and time.monotonic() < deadline:
+        time.sleep(0.05)
+        printed += capsys.readouterr().out
+    lines = printed.splitlines()
+    assert len(lines) == 12
+    assert lines[1] == (
+        "waiting for 50 devices at here:1 (1 connected; missing: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …)"
+    )
+    assert lines[-2] == "43 devices joined: 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, …"
+    assert lines[-1] == "waiting for 50 devices at here:1 (48 connected; missing: 3, 17)"
+
+
+def test_devices_that_left_at_once_are_summed_up_before_what_follows(capsys):
+    console = Console("here:1", 5, "")
+    for cid in "abcdefghijkl":
+        console(Left(Device(cid)))
+    console(Waiting(12, 0, 0, 0))
+    console(step_of(["a"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4:7] == [
+        "device e left",
+        "7 devices left: f, g, h, i, j, k, l",
+        "waiting for 12 devices at here:1 (0 connected)",
+    ]
+    assert lines[7].startswith("round 1/5  devices 1/1")
+
+
+def test_devices_of_a_round_are_in_order_and_their_columns_straight(capsys):
+    Console("here:1", 5, "")(step_of(["10", "9", "kitchen-window", "2"]))
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split("  ")[1].strip() for line in lines] == [
+        "device 2", "device 9", "device 10", "device kitchen-window",
+    ]  # fmt: skip
+    assert len({line.index("images") for line in lines}) == 1
+
+
+def test_no_missing_numbers_are_guessed_where_devices_have_names(capsys):
+    console = Console("here:1", 5, "")
+    console(Joined(Device("kitchen")))
+    console(Waiting(2, 1, 0, 0))
+    assert capsys.readouterr().out.endswith("waiting for 2 devices at here:1 (1 connected)\n")

@@ -7,6 +7,7 @@ import pytest
 from federated.errors import FederationError
 from plumbing.addresses import (
     UnknownHost,
+    check_destination,
     join_address,
     listening_addresses,
     parse_address,
@@ -33,7 +34,7 @@ def test_address_splits_and_joins(address, parts):
 @pytest.mark.parametrize(
     "address",
     ["", ":", "8080", ":8080", "host:", "host:x", "host:-1", "host:65536", "::1:8080", "[::1]",
-     "[::1:80", "[host]:80", "http://host:80", "a b:80", "host:8 0", "host:²"],
+     "[::1:80", "[host]:80", "a b:80", "host:8 0", "host:²"],
 )  # fmt: skip
 def test_address_of_another_form_is_quoted_back(address):
     with pytest.raises(FederationError, match="is not HOST:PORT; examples:") as error:
@@ -62,3 +63,19 @@ def test_free_port_can_be_listened_at():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     assert listening_addresses(f"127.0.0.1:{port}") == [("127.0.0.1", port)]
+
+
+def test_protocol_before_an_address_is_named():
+    with pytest.raises(
+        FederationError, match=r"'http://host:80/' begins .* leave it out: host:80$"
+    ):
+        parse_address("http://host:80/")
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:8080", "[::]:8080"])
+def test_address_for_listening_is_no_destination(address):
+    with pytest.raises(FederationError, match=r"use the one that server\.py prints"):
+        check_destination(address)
+    with pytest.raises(FederationError, match="has no port to go to"):
+        check_destination("127.0.0.1:0")
+    check_destination("laptop.local:8080")

@@ -1,0 +1,12 @@
+# shellcheck shell=bash
+# What the scripts find out about utils.py without Python. Needs $root and the function die.
+
+# check_model NAME: end if MODELS in utils.py is written out and lacks it
+check_model() {
+  local names
+  # shellcheck disable=SC2154 # root is the script's
+  names=$(sed -n '/^MODELS/,/^}/s/^ *"\([^"]*\)":.*/\1/p' "$root/utils.py")
+  [[ -z $names || $'\n'$names$'\n' == *$'\n'$1$'\n'* ]] ||
+    grep -qF -e "\"$1\"" -e "'$1'" "$root/utils.py" || # added elsewhere in the file
+    die "no model '$1'; utils.MODELS has ${names//$'\n'/, }"
+}

@@ -1,0 +1,283 @@
+"""The fleet over Flower's Grid, on a Grid in memory."""
+
+import collections
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+from federated.rounds import Freed, Job, Joined, Left, Plan, Result, Resumed, synchronous
+from federated.strategies import make_strategy
+from plumbing import grid as module
+from plumbing.grid import GridFleet
+from tests.devices import Recorder, small_model
+
+Answer = Callable[[Message], "RecordDict | Error | None"]
+
+
+@dataclass(frozen=True)
+class Info:
+    node_id: int
+    last_activated_at: str = ""
+
+
+def properties(cid: str) -> RecordDict:
+    return RecordDict({"properties": ConfigRecord({"cid": cid, "images": 10})})
+
+
+def trained(message: Message, add: float = 1.0, **metrics: Any) -> RecordDict:
+    """Answer as a node that adds a number to each weight."""
+    arrays = {
+        name: Array(np.asarray(array.numpy() + array.numpy().dtype.type(add)))
+        for name, array in message.content.array_records["arrays"].items()
+    }
+    return RecordDict(
+        {
+            "arrays": ArrayRecord(arrays),
+            "metrics": ConfigRecord({"num-examples": 10, **metrics}),
+        }
+    )
+
+
+class MemoryGrid(Grid):
+    """Nodes in a dict: each answers a message when it is pulled."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[Info, Answer] = {}
+        self.sent: dict[str, Message] = {}
+        self.asked: collections.Counter[tuple[int, str]] = collections.Counter()
+
+    def add(self, node_id: int, train: Answer = trained, cid: str = "", since: str = "") -> Info:
+        def answer(message: Message) -> RecordDict | Error | None:
+            if message.metadata.message_type == "query":
+                return properties(cid or str(node_id))
+            return train(message)
+
+        info = Info(node_id, since)
+        self.nodes[info] = answer
+        return info
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [info.node_id for info in self.nodes]
+
+    def get_nodes(self) -> Any:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            ids.append(str(uuid.uuid4()))
+            self.sent[ids[-1]] = message
+            self.asked[message.metadata.dst_node_id, message.metadata.message_type] += 1
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = []
+        for message_id in message_ids:
+            message = self.sent[message_id]
+            answers = [
+                a for i, a in self.nodes.items() if i.node_id == message.metadata.dst_node_id
+            ]
+            content = answers[0](message) if answers else None
+            if content is not None:
+                message.metadata.__dict__["_message_id"] = message_id
+                replies.append(Message(content, reply_to=message))
+        return replies
+
+    def _unused(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    set_run = create_message = send_and_receive = _unused
+    run = property(_unused)
+
+
+@pytest.fixture
+def grid(monkeypatch: pytest.MonkeyPatch) -> MemoryGrid:
+    make_strategy("FedAvg")  # Flower's messages can be made from here on
+    monkeypatch.setattr(module, "NODES_SECONDS", 0.02)
+    monkeypatch.setattr(module, "REPLIES_SECONDS", 0.01)
+    return MemoryGrid()
+
+
+def open_recorder(grid: MemoryGrid, admit: Any = lambda properties: None) -> Recorder:
+    return Recorder(GridFleet(grid, {"seed": 7}, admit))
+
+
+def test_nodes_join_under_the_names_that_they_report(grid):
+    grid.add(11, cid="a")
+    grid.add(12, cid="b")
+    devices = open_recorder(grid).wait_for(2)
+    assert [device.name for device in devices] == ["device a", "device b"]
+    assert devices[0].properties["images"] == 10
+    assert grid.asked == {(11, "query"): 1, (12, "query"): 1}
+
+
+def test_reply_becomes_an_update_with_its_metrics(grid):
+    grid.add(1, lambda message: trained(message, 0.5, loss=2.0, board="Pi"))
+    recorder = open_recorder(grid)
+    recorder.wait_for(1)
+    model = small_model()
+    [result] = recorder.exchange(model)
+    assert result.update.num_examples == 10
+    assert result.update.metrics == {"loss": 2.0, "board": "Pi"}
+    np.testing.assert_array_equal(result.update.delta["w"], np.full((2, 3), 0.5))
+    assert list(result.update.delta) == ["w", "b"]
+    assert result.update.counters["n"] == 3
+    assert result.bytes_sent > sum(array.nbytes for array in model.values())
+    assert result.bytes_received > sum(array.nbytes for array in model.values())
+
+
+def test_stock_app_that_counts_in_a_metric_record_is_understood(grid):
+    def stock(message: Message) -> RecordDict:
+        arrays = trained(message).array_records["arrays"]
+        return RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 4})})
+
+    grid.add(1, stock)
+    recorder = open_recorder(grid)
+    recorder.wait_for(1)
+    [result] = recorder.exchange(small_model())
+    assert result.update.num_examples == 4
+
+
+def without_an_array(message: Message) -> RecordDict:
+    content = trained(message)
+    del content.array_records["arrays"]["b"]
+    return content
+
+
+def not_finite(message: Message) -> RecordDict:
+    content = trained(message)
+    content.array_records["arrays"]["w"] = Array(np.full((2, 3), np.nan, np.float32))
+    return content
+
+
+def pickled(message: Message) -> RecordDict:
+    content = trained(message)
+    content.array_records["arrays"]["w"].data = b"\x80\x04K\x01."
+    return content
+
+
+def of_two_models(message: Message) -> RecordDict:
+    content = trained(message)
+    content["more"] = content.array_records["arrays"]
+    return content
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (without_an_array, "2 arrays with other names than the model's"),
+        (not_finite, "w has 6 non-finite values"),
+        (pickled, "an array with the header"),
+        (of_two_models, "its reply holds 2 models"),
+        (lambda m: trained(m, **{"num-examples": -3}), "trained on -3 examples"),
+        (lambda m: trained(m, **{"num-examples": "many"}), "trained on many examples"),
+        (lambda m: RecordDict({"m": ConfigRecord({"problem": "no images"})}), "no images"),
+        (lambda m: Error(2, "Traceback:\n  line\nValueError: x"), "failed (ValueError: x)"),
+    ],
+)
+def test_bad_reply_is_the_nodes_fault(grid, answer, problem):
+    grid.add(1, answer)
+    recorder = open_recorder(grid)
+    recorder.wait_for(1)
+    [result] = recorder.exchange(small_model())
+    assert result.update is None
+    assert problem in result.problem
+    assert result.at_fault
+
+
+def test_lost_message_is_not_the_nodes_fault(grid):
+    grid.add(1, lambda message: Error(4, "expired"))
+    recorder = open_recorder(grid)
+    recorder.wait_for(1)
+    [result] = recorder.exchange(small_model())
+    assert (result.problem, result.at_fault) == ("its reply was lost", False)
+
+
+def test_node_with_an_objection_is_refused_with_one_line(grid):
+    grid.add(1)
+    grid.add(2)
+    recorder = open_recorder(grid, lambda p: "it has no images" if p["cid"] == "1" else None)
+    recorder.wait_for(1)
+    assert list(recorder.fleet.devices) == ["2"]
+    assert "refused device 1: it has no images" in recorder.lines()
+
+
+def test_node_that_is_restarted_gets_its_job_again(grid):
+    grid.add(1)
+    killed = grid.add(2, lambda message: None)
+    recorder = open_recorder(grid)
+    recorder.wait_for(2)
+    job = Job("1", 0, small_model(), {})
+    for device in recorder.fleet.idle():
+        recorder.fleet.start(device, job)
+    recorder.until(lambda: any(isinstance(e, Result) for e in recorder.events))
+    del grid.nodes[killed]
+    recorder.until(lambda: any(isinstance(e, Left) for e in recorder.events))
+    grid.add(3, cid="2")
+    recorder.until(lambda: sum(isinstance(e, Result) for e in recorder.events) == 2)
+    kinds = [type(event) for event in recorder.events]
+    assert kinds == [Joined, Joined, Result, Left, Joined, Resumed, Result]
+    assert recorder.events[-1].device.cid == "2"
+    assert recorder.events[-1].update is not None
+
+
+def test_node_that_was_restarted_under_its_number_is_noticed(grid):
+    old = grid.add(1, lambda message: None, since="12:00")
+    recorder = open_recorder(grid)
+    recorder.wait_for(1)
+    recorder.fleet.start(recorder.fleet.idle()[0], Job("1", 0, small_model(), {}))
+    del grid.nodes[old]
+    grid.add(1, since="12:01")
+    recorder.until(lambda: any(isinstance(e, Result) for e in recorder.events))
+    assert recorder.events[-1].update is not None
+
+
+def test_second_node_of_a_name_waits_until_the_first_is_gone(grid):
+    first = grid.add(1, cid="a")
+    recorder = open_recorder(grid)
+    [device] = recorder.wait_for(1)
+    grid.add(2, cid="a")
+    recorder.until(lambda: any("is here twice" in line for line in recorder.lines()))
+    assert recorder.fleet.devices["a"] is device
+    del grid.nodes[first]
+    recorder.until(lambda: recorder.fleet.devices.get("a") not in (None, device))
+
+
+def test_reply_that_nobody_waits_for_only_frees_its_node(grid):
+    answers: list[bool] = []
+    grid.add(1, lambda message: trained(message) if answers else None)
+    recorder = open_recorder(grid)
+    [device] = recorder.wait_for(1)
+    job = Job("1", 0, small_model(), {})
+    recorder.fleet.start(device, job)
+    recorder.fleet.abandon(device, job)
+    assert device.state == "late"
+    answers.append(True)
+    recorder.until(lambda: any(isinstance(e, Freed) for e in recorder.events))
+    assert device.state == "idle"
+    assert not any(isinstance(event, Result) for event in recorder.events)
+    assert "device 1 answered too late, which does not count" in recorder.lines()
+
+
+def test_rounds_over_a_grid_give_the_weighted_mean(grid):
+    grid.add(1, lambda message: trained(message, 1.0, **{"num-examples": 30}))
+    grid.add(2, lambda message: trained(message, 5.0))
+    fleet = GridFleet(grid, {}, lambda properties: None)
+    plan = Plan(2, lambda n: {"lr": 0.1}, lambda weights: {"loss": 1.0}, min_num_clients=2)
+    steps = list(synchronous(fleet, make_strategy("FedAvg", 1.0, 2), small_model(), plan))
+    assert [len(step.contributions) for step in steps] == [2, 2]
+    np.testing.assert_allclose(steps[1].weights["w"], small_model()["w"] + 2 * 2.0)
+
+
+def test_node_without_a_name_is_refused(grid):
+    info = Info(9)
+    grid.nodes[info] = lambda message: RecordDict({"properties": ConfigRecord({"images": 3})})
+    recorder = open_recorder(grid)
+    recorder.until(lambda: any("refused" in line for line in recorder.lines()))
+    assert not recorder.fleet.devices
