@@ -67,8 +67,8 @@ def flood(address: str, make, end: float, sent: list[int]) -> None:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", FLOODS)
-def test_device_trains_amid_a_flood_of_frames_and_memory_stays(open_fleet, kind):
-    fleet = open_fleet(gate=None)
+def test_device_trains_amid_a_flood_of_frames_and_memory_stays(open_fleet, record_fault, kind):
+    fleet = open_fleet()
     recorder = Recorder(fleet)
     threading.Thread(target=Adder("0").serve, args=(fleet.address,), daemon=True).start()
     recorder.wait_for(1)
@@ -99,3 +99,9 @@ def test_device_trains_amid_a_flood_of_frames_and_memory_stays(open_fleet, kind)
     assert sum(sent) > 1000
     assert longest < 5
     assert grown < 100
+    record_fault(
+        f"a flood of HTTP/2 frames: {kind}",
+        f"{sum(sent):,} frames in {SECONDS:g} s from two connections on the same machine",
+        f"a device trains {rounds} rounds meanwhile, the longest in {longest:.1f} s; "
+        f"memory {grown:+.0f} MB",
+    )
