@@ -22,7 +22,7 @@ from federated.errors import FederationError
 from federated.settings import underscored
 from plumbing.grid import PROBLEM, GridFleet
 from plumbing.run_config import flower_home, read_config
-from torch_server import Task, objection_to, run
+from torch_server import Task, run
 from torch_trainer import TorchTrainer, choose_device, load_decoded
 
 server_app = ServerApp()
@@ -39,8 +39,7 @@ def main(grid: Grid, context: Context) -> None:
         settings, args = read_config(context.run_config)
 
         def open_fleet(task: Task, model_bytes: int) -> GridFleet:
-            admit = partial(objection_to, model=settings.model, classes=task.testset.classes)
-            return GridFleet(grid, settings.for_round(1).to_config(), admit)
+            return GridFleet(grid, settings.for_round(1).to_config(), task.objection_to)
 
         command = "./run_engine.sh --resume {}"
         run(settings, args, open_fleet, program="flower_app.py", resume_command=command)

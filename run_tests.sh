@@ -2,8 +2,8 @@
 # Set up, then check everything: style, types, shell scripts, Dockerfiles, tests. What takes a
 # Docker Engine is apart: tests/docker/run
 #
-#   ./run_tests.sh                         all of it
-#   ./run_tests.sh tests/test_wire.py -x   arguments go to pytest
+#   ./run_tests.sh                                  all of it
+#   ./run_tests.sh tests/plumbing/test_wire.py -x   arguments go to pytest
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")"

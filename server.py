@@ -38,7 +38,7 @@ from plumbing.security.admissions import TOKEN_SECONDS, TOKEN_USES
 from plumbing.security.gate import Gate, local_names, public_address
 from plumbing.security.keys import default_keys_dir
 from plumbing.stream.fleet import StreamFleet
-from torch_server import Task, objection_to, run
+from torch_server import Task, run
 
 ROOT = Path(__file__).resolve().parent
 LAST_CALL_SECONDS = 40  # devices try again every 30 s at least
@@ -162,9 +162,7 @@ def serve(settings: RunSettings, args: argparse.Namespace) -> None:
         fleet = StreamFleet(
             args.server_address,
             greeting=settings.for_round(1).to_config(),
-            admit=partial(
-                objection_to, model=settings.model, classes=task.testset.classes, form=task.form
-            ),
+            admit=task.objection_to,
             model_bytes=model_bytes,
             gate=gate,
             stock_address=args.unauthenticated_address,

@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Task:
     """The model that is trained, and the images that test it."""
 
     def __init__(self, settings: RunSettings, data_dir: str | None) -> None:
+        self.model = settings.model
         self.data_dir = data_dir or ROOT / "data"
         size = utils.image_size(settings.model)
         self.testset = utils.load_data(self.data_dir, "test", size, download=data_dir is None)
@@ -57,6 +58,26 @@ class Task:
     @property
     def images(self) -> str:
         return f"{len(self.testset):,} {self.testset.source}"
+
+    def objection_to(self, properties: Mapping[str, Any]) -> str | None:
+        """Return why a device that reports this of itself must not take part, or None."""
+        if properties.get("model") != self.model:
+            return (
+                f"it was started with --model {properties.get('model')}, the server with "
+                f"--model {self.model}; start both with the same"
+            )
+        if properties.get("classes") != json.dumps(self.testset.classes):
+            return (
+                f"its classes are {shortened(properties.get('classes'))}, the server's are "
+                f"{shortened(json.dumps(self.testset.classes))}; give both the same class folders"
+            )
+        if properties.get("weights", self.form) != self.form:
+            return (
+                f"its {self.model} has {shortened(properties['weights'])}, the server's "
+                f"{self.form}; give both the same utils.py"
+            )
+        problem = properties.get("problem")
+        return None if problem is None else str(problem)
 
     def evaluate(self, weights: Weights) -> dict[str, Any]:
         """Return loss and accuracy on the test images, overall and by class."""
@@ -106,33 +127,6 @@ def open_start(
         path = Path(args.init_weights).expanduser()
         return Start(load_weights(path, weights, settings.model))
     return Start(weights)
-
-
-def objection_to(
-    properties: Mapping[str, Any], model: str, classes: Sequence[str], form: str
-) -> str | None:
-    """Return why a device that reports this of itself must not take part, or None.
-
-    Args:
-        form: the fingerprint of the model's weights.
-    """
-    if properties.get("model") != model:
-        return (
-            f"it was started with --model {properties.get('model')}, the server with "
-            f"--model {model}; start both with the same"
-        )
-    if properties.get("classes") != json.dumps(list(classes)):
-        return (
-            f"its classes are {shortened(properties.get('classes'))}, the server's are "
-            f"{shortened(json.dumps(list(classes)))}; give both the same class folders"
-        )
-    if properties.get("weights", form) != form:
-        return (
-            f"its {model} has {shortened(properties['weights'])}, the server's {form}; "
-            "give both the same utils.py"
-        )
-    problem = properties.get("problem")
-    return None if problem is None else str(problem)
 
 
 # --- The story ------------------------------------------------------------------------
