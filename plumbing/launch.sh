@@ -38,6 +38,7 @@ Builds the client's image if needed and runs client.py in it. Ctrl-C ends it.
   --threads N                processor threads (default: one a core)
   --max_wait_seconds S       give up after S s without server (default: never)
   --stay                     when the run is over, wait for the next; with --detach it does anyway
+  --image NAME               use this image of the client, built elsewhere, and build none
   --join TOKEN|FILE|-        join a server with --secure, once: what server.py prints, or a file
                              with it or with a key of server.py devices admit, or standard
                              input (-), which no list of processes shows
@@ -71,7 +72,7 @@ parse_arguments() {
   local - && set +x
   set -- "${original[@]}"
   server_address='' cid='' model=Net data_dir='' device=auto detach='' arguments=()
-  joins='' join='' join_only='' insecure=''
+  joins='' join='' join_only='' insecure='' ready=''
   local name value words
   while (($#)); do
     name=$1 value='' words=1
@@ -94,6 +95,11 @@ parse_arguments() {
         [[ -n $value ]] ||
           die "--join lacks a token, a file or -; server.py --secure prints a token"
         joins=yes join=$value
+        shift "$words" && continue
+        ;;
+      __image)
+        [[ -n $value ]] || die "--image lacks the name of an image"
+        ready=$value
         shift "$words" && continue
         ;;
       __join_only) join_only=yes && shift && continue ;;
@@ -221,6 +227,14 @@ read_secret() {
 # each time, from Docker's cache where nothing changed.
 make_images() {
   local base=flower-embedded-base:$kind files checksum built missing problem
+  if [[ -n $ready ]]; then
+    image=$ready
+    docker image inspect "$image" >/dev/null 2>&1 && return
+    check_disk
+    echo "pulling $image"
+    docker pull "$image" || die "no image '$image' here, and it cannot be pulled; check its name, or load it: docker save $image | ssh BOARD docker load"
+    return
+  fi
   image=flower-embedded:$kind
   files=$(cd "$root/base_images" && find . "./$kind" -maxdepth 1 -type f ! -name '*.md' -exec sha256sum {} + | LC_ALL=C sort)
   checksum=$(sha256sum <<<"${nvidia_image:+$nvidia_image }$files") checksum=${checksum:0:16}

@@ -696,6 +696,25 @@ def test_failed_pull_ends_it(device):
     assert run.calls[-1] == ["pull", "me/base:cpu"]
 
 
+@pytest.mark.parametrize("here", [True, False])
+def test_ready_image_is_used_and_none_is_built(device, here):
+    if here:
+        device.has_image("fleet/client:7", "")
+    run = device.pi(*ARGUMENTS, "--image=fleet/client:7")
+    assert run.code == 0, run.err
+    assert not run.of("build")
+    assert [call[-1] for call in run.of("pull")] == ([] if here else ["fleet/client:7"])
+    assert "fleet/client:7" in run.command
+    assert not any(word.startswith("--image") for word in run.command)
+
+
+def test_ready_image_that_is_nowhere_ends_it(device):
+    run = device.pi(*ARGUMENTS, "--image=fleet/client:7", PULL_FAILS="1")
+    assert run.code == 1
+    assert "no image 'fleet/client:7' here, and it cannot be pulled" in run.err
+    assert not run.of("run")
+
+
 @pytest.mark.parametrize("image", ["flower-embedded-base:cpu", "flower-embedded:cpu"])
 def test_failed_build_ends_it_and_no_old_image_runs(device, image):
     device.has_image("flower-embedded-base:cpu", "old")
@@ -888,7 +907,7 @@ def test_help_names_the_clients_flags(device, script):
     ).stdout
     named = re.findall(flags, device.run(script, "--help", board="pi4").out, re.MULTILINE)
     assert sorted(named) == sorted(
-        {*re.findall(flags, client, re.MULTILINE)} - {"help", "keys"} | {"detach"}
+        {*re.findall(flags, client, re.MULTILINE)} - {"help", "keys"} | {"detach", "image"}
     )
 
 
