@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Set up, then check everything: style, types, shell scripts, Dockerfiles, tests. What takes a
-# Docker Engine is apart: tests/docker/run
+# Docker Engine is apart: tests/docker/run tests/engine/run
 #
-#   ./run_tests.sh                         all of it
-#   ./run_tests.sh tests/test_wire.py -x   arguments go to pytest
+#   ./run_tests.sh                                  all of it
+#   ./run_tests.sh tests/plumbing/test_wire.py -x   arguments go to pytest
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -13,7 +13,7 @@ bin=$(dirname "$python")
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-"$bin/shellcheck" -x ./*.sh plumbing/*.sh .ci/run tests/docker/run
+"$bin/shellcheck" -x ./*.sh plumbing/*.sh .ci/run tests/docker/run tests/engine/run
 "$bin/hadolint" Dockerfile base_images/*/Dockerfile
 # Four at a time even on two cores: many tests only wait, for a timeout for example.
 exec "$python" -m pytest --numprocesses=4 --dist=worksteal "$@"

@@ -4,7 +4,9 @@
 
 Waits for the devices (client.py, run_pi.sh, run_jetson.sh), trains round by round, evaluates
 on the test set after each, and leaves the model in runs/. For the owner of a server with
---secure: python server.py devices --help
+--secure:
+
+    python server.py devices            # who is admitted; --help: admit, token, revoke, prune
 """
 
 import sys
@@ -69,6 +71,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[RunSettings, argparse.Namesp
         const="",
         metavar="DIR",
     )
+    parser.flag("log_file", "append all lines here, too, with times", metavar="FILE")
     # Who may connect
     parser.switch("secure", "TLS, and only devices that you admit; they join with a token")
     parser.switch("insecure", "let in whoever reaches the port, also from the Internet")
@@ -150,6 +153,8 @@ def print_who_may_join(fleet: StreamFleet) -> None:
 
 def serve(settings: RunSettings, args: argparse.Namespace) -> None:
     """Run the rounds over the devices that connect."""
+    if args.log_file:
+        cli.log_to(args.log_file)
     check_args(settings, args)
     gate = open_gate(args)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import flwr
+import numpy as np
 import torch
 
 import utils
@@ -45,6 +46,11 @@ class Task:
         self.data_dir = data_dir or ROOT / "data"
         size = utils.image_size(settings.model)
         self.testset = utils.load_data(self.data_dir, "test", size, download=data_dir is None)
+        self.validation_set: utils.ImageSet | None = None
+        if held_out := round(len(self.testset) * settings.validation):
+            order = np.random.default_rng(settings.seed).permutation(len(self.testset))
+            self.validation_set = self.testset.subset(np.sort(order[:held_out]))
+            self.testset = self.testset.subset(np.sort(order[held_out:]))
         self.net = utils.build_model(settings.model, len(self.testset.classes), settings.seed)
         self.form = fingerprint(utils.get_weights(self.net))
         self.torch_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,7 +84,15 @@ class Task:
         utils.set_weights(self.net, weights)
         result = utils.test(self.net, self.testset, self.torch_device)
         classes = self.testset.classes
+        validation = {}
+        if self.validation_set:
+            held_out = utils.test(self.net, self.validation_set, self.torch_device)
+            validation = {
+                "validation_loss": held_out.loss,
+                "validation_accuracy": held_out.accuracy,
+            }
         return {
+            **validation,
             "loss": result.loss,
             "accuracy": result.accuracy,
             "class_loss": dict(zip(classes, result.class_loss, strict=True)),
@@ -242,6 +256,8 @@ def save_round(
     }
     memory = {"strategy": rest, "bounds": bounds.state()}
     directory.save(step.server_round, step.weights, arrays, row, memory)
+    if settings.validation:
+        directory.keep_best()
 
 
 def print_how_to_resume(directory: RunDirectory, what: str, command: str) -> None:

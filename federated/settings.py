@@ -13,6 +13,8 @@ from typing import Any
 
 from federated.errors import FederationError
 
+SCHEDULES = ("linear", "cosine", "constant")  # of the learning rate, over the rounds
+
 
 def setting(
     default: Any,
@@ -67,8 +69,14 @@ class RunSettings:
         0.0, "a device trains for S seconds at most; 0 is no limit", unit="S", low=0
     )
     batch_size: int = setting(32, "images in a training step", low=1)
-    lr: float = setting(
-        0.02, "learning rate at the start; falls linearly to 0 over the run", unit="LR", above=0
+    lr: float = setting(0.02, "learning rate at the start", unit="LR", above=0)
+    lr_schedule: str = setting(
+        "linear",
+        "how it changes over the run: linear or cosine, both down to 0, or constant",
+        unit="HOW",
+    )
+    weight_decay: float = setting(
+        0.0, "of the devices' SGD: L2 penalty of D/2", unit="D", low=0, high=1
     )
     momentum: float = setting(0.9, "of the devices' SGD", unit="M", low=0, high=0.999)
     # What must hold for a round to count
@@ -89,6 +97,14 @@ class RunSettings:
     )
     num_partitions: int = setting(0, "parts; 0 is min_num_clients", low=0)
 
+    validation: float = setting(
+        0.0,
+        "fraction of the server's images that choose the best round, and test nothing; 0 is none",
+        unit="F",
+        low=0,
+        high=0.5,
+    )
+
     def check(self) -> None:
         """Raise FederationError for a value that is out of range, or values that do not fit."""
         for declared in fields(self):
@@ -100,6 +116,10 @@ class RunSettings:
             if not math.isfinite(value):
                 raise FederationError(f"--{declared.name} {value} is not finite")
         parse_partition(self.partition)
+        if self.lr_schedule not in SCHEDULES:
+            raise FederationError(
+                f"no --lr_schedule '{self.lr_schedule}'; choose {', '.join(SCHEDULES)}"
+            )
         if 0 < self.round_timeout <= self.round_seconds:
             raise FederationError(
                 f"--round_timeout {self.round_timeout:g} leaves no time to reply after "
@@ -120,16 +140,24 @@ class RunSettings:
         """Devices that train in a round at least."""
         return self.min_sample_size or min(self.min_num_clients, 2)
 
+    def _lr_after(self, server_round: int) -> float:
+        """Return the learning rate at the end of a round."""
+        done = server_round / self.rounds
+        if self.lr_schedule == "cosine":
+            return self.lr * (1 + math.cos(math.pi * done)) / 2
+        return self.lr if self.lr_schedule == "constant" else self.lr * (1 - done)
+
     def for_round(self, server_round: int) -> "Settings":
-        """Return a round's settings; over the rounds the learning rate falls to 0."""
+        """Return a round's settings; within it the learning rate changes linearly."""
         return Settings(
-            lr=self.lr * (self.rounds - server_round + 1) / self.rounds,
-            lr_end=self.lr * (self.rounds - server_round) / self.rounds,
+            lr=self._lr_after(server_round - 1),
+            lr_end=self._lr_after(server_round),
             server_round=server_round,
             epochs=self.epochs,
             round_seconds=self.round_seconds,
             batch_size=self.batch_size,
             momentum=self.momentum,
+            weight_decay=self.weight_decay,
             partition=self.partition,
             num_partitions=self.num_partitions or self.min_num_clients,
             seed=self.seed,
@@ -183,6 +211,7 @@ class Settings:
     round_seconds: float = 0.0  # stop training after this time; 0 is never
     batch_size: int = 32
     momentum: float = 0.9
+    weight_decay: float = 0.0
     proximal_mu: float = 0.0  # FedProx's mu; 0 is FedAvg
     partition: str = "none"  # how a data set that every device has in full is split
     num_partitions: int = 1

@@ -20,6 +20,7 @@ from federated.errors import FederationError
 
 LAST = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
+BEST = "checkpoint.best.safetensors"
 STATE = "strategy/"  # before the names of a strategy's own arrays
 MEMORY = "memory"  # the note with what else a run remembers from round to round, as JSON
 CHECKSUM = "content_sha256"

@@ -8,15 +8,19 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import gc
 import importlib.util
+import io
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 from federated.errors import FederationError
 from federated.settings import RunSettings
@@ -106,6 +110,49 @@ def ready(program: str) -> Iterator[None]:
 
 def _terminate(*_: object) -> NoReturn:
     raise SystemExit(128 + signal.SIGTERM)
+
+
+class _Logged(io.TextIOBase):
+    """A stream whose lines also go into a file, with the time and without tokens."""
+
+    def __init__(self, stream: TextIO, log: TextIO) -> None:
+        self.stream = stream
+        self.log = log
+        self.line = ""
+
+    def write(self, text: str) -> int:
+        self.stream.write(text)
+        *lines, self.line = (self.line + text).split("\n")
+        for line in lines:
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            with contextlib.suppress(OSError, ValueError):  # a full disk stops no run
+                self.log.write(f"{now} {re.sub(r'join1_[A-Za-z0-9_-]+', 'join1_…', line)}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+
+def log_to(path: str) -> None:
+    """From now on, append all that this process prints to a file as well.
+
+    Raises:
+        FederationError: the file cannot be opened.
+    """
+    try:
+        log = Path(path).expanduser().open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise FederationError(f"cannot write --log_file '{path}' ({error.strerror})") from None
+    sys.stdout, sys.stderr = _Logged(sys.stdout, log), _Logged(sys.stderr, log)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stdout)
 
 
 def end_at_next_signal() -> None:

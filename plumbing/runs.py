@@ -35,6 +35,7 @@ from federated.rounds import (
 )
 from plumbing import descriptors
 from plumbing.checkpoints import (
+    BEST,
     LAST,
     MEMORY,
     PREVIOUS,
@@ -50,7 +51,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_NUMBER = 1e15  # no time, loss or count that a plot must take is larger
 MAX_TEXT = 300  # characters of an event's text or of a device's name
 MAX_EVENTS_BYTES = 64 << 20  # a device that reconnects without end must not fill the disk
-OWN_FILES = ("lock", "config.json", "metrics.jsonl", "events.jsonl", LAST, PREVIOUS)
+OWN_FILES = ("lock", "config.json", "metrics.jsonl", "events.jsonl", LAST, PREVIOUS, BEST)
 
 
 class RunDirectory:
@@ -241,6 +242,19 @@ class RunDirectory:
         data = encode_weights(named, notes)
         write_whole(self.path / LAST, data, keep_as=self.path / PREVIOUS)
         self._unsaved, self.saved_round = None, server_round
+
+    def keep_best(self) -> None:
+        """Keep the last checkpoint apart if its round is the best one of the validation so far.
+
+        A failure is reported on stderr, and never raised.
+        """
+        try:
+            rows = {r["server_round"]: r.get("validation_accuracy") for r in self.rounds()}
+            scores = {r: score for r, score in rows.items() if isinstance(score, int | float)}
+            if scores and max(scores, key=lambda r: (scores[r], -r)) == self.saved_round:
+                write_whole(self.path / BEST, (self.path / LAST).read_bytes())
+        except (OSError, FederationError) as error:
+            print(f"cannot write '{self}/{BEST}' ({error}); training continues", file=sys.stderr)
 
     def _notes(self, server_round: int) -> dict[str, str]:
         return {

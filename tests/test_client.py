@@ -139,7 +139,10 @@ def test_each_round_and_device_shuffles_in_its_own_way(device):
 
 def test_flower_is_imported_with_its_telemetry_off():
     code = (
-        "import sys, {0}, flwr.supercore.telemetry as telemetry\n"
+        "import sys\n"
+        "from plumbing import cli\n"
+        "cli.start('{0}.py')\n"
+        "import {0}, flwr.supercore.telemetry as telemetry\n"
         "sys.exit(telemetry.FLWR_TELEMETRY_ENABLED != '0')"
     )
     for program in ("client", "server"):

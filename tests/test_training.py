@@ -333,10 +333,13 @@ def test_hook_ends_the_training_after_one_step_at_least(data, stop_at, steps, im
     assert trained.loss == pytest.approx(np.log(10), abs=0.1)  # a mean, however many steps
 
 
-def test_sgd_takes_the_steps_of_torchs_nesterov_sgd(data):
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_sgd_takes_the_steps_of_torchs_nesterov_sgd(data, decay):
     nets = [utils.build_model("Net") for _ in range(2)]
-    ours = utils.SGD(nets[0].parameters(), momentum=0.9)
-    theirs = torch.optim.SGD(nets[1].parameters(), lr=1.0, momentum=0.9, nesterov=True)
+    ours = utils.SGD(nets[0].parameters(), 0.9, decay)
+    theirs = torch.optim.SGD(
+        nets[1].parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=decay
+    )
     for (images, labels), lr in zip(utils.TrainLoader(data, 32), (0.05, 0.03, 0.01), strict=False):
         theirs.param_groups[0]["lr"] = lr
         for net, optimizer in zip(nets, (ours, theirs), strict=True):

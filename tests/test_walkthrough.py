@@ -36,8 +36,8 @@ def test_walk_through_to_a_saved_model_that_starts_the_next_run(
 
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoint.safetensors", "checkpoint.previous.safetensors",
-        "model.safetensors", "report.png", "lock",
+        "config.json", "metrics.jsonl", "events.jsonl", "checkpoint.safetensors",
+        "checkpoint.previous.safetensors", "model.safetensors", "report.png", "lock",
     }  # fmt: skip
     config = json.loads((run / "config.json").read_text())
     assert config["epochs"] == 2
@@ -130,7 +130,7 @@ def test_stock_flower_client_trains_in_our_run(start_server, launch, tmp_path):
     client = launch(sys.executable, "-c", STOCK_CLIENT, address)
     assert server.finish() == 0
     assert client.finish() == 0
-    assert "device ? joined: a client that says nothing of its board" in server.output
+    assert "device ? joined: a client that reports nothing of its board" in server.output
 
     after = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
     for name, before in utils.build_model("Net", 10, seed=0).state_dict().items():
@@ -206,11 +206,12 @@ def test_signal_ends_a_client_in_the_middle_of_an_epoch(start_server, start_clie
     assert {server.wait_for(dropped)[1] for _ in clients} == {"0", "1"}
 
 
-def test_run_whose_replies_make_no_model_ends_with_the_reason(start_server, start_client):
-    server, address = start_server(strategy="Bulyan", min_num_clients="1", min_sample_size="1")
-    start_client(address, 0)
+def test_run_whose_replies_make_no_model_ends_with_the_reason(start_server, launch):
+    server, address = start_server(strategy="Bulyan", min_num_clients="3", min_sample_size="3")
+    for number in ("1", "nan", "nan"):  # one good reply, where Bulyan needs three
+        launch(sys.executable, "-c", STOCK_CLIENT.replace("(1)", f"('{number}')"), address)
     assert server.finish() == 1
-    assert "round 1: Bulyan cannot aggregate: The Bulyan aggregation requires" in server.output
+    assert "round 1: Bulyan makes no model of these updates" in server.output
     assert server.lines[-1].startswith("server.py: round 1 brought no new model in 3 attempts")
 
 

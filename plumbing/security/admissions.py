@@ -5,6 +5,7 @@ it at once, and a token with one use left admits one device, however many ask at
 It holds hashes of tokens and of public keys, no secret.
 """
 
+import math
 import secrets
 import sqlite3
 import time
@@ -165,6 +166,19 @@ class Admissions:
                 raise FederationError(f"device {cid} was revoked already, on {when}")
             db.execute("UPDATE devices SET revoked = ? WHERE cid = ?", [time.time(), cid])
             db.execute("DELETE FROM tokens")
+
+    def prune(self, days: float = math.inf) -> list[str]:
+        """Remove the revoked, and devices not seen for so many days; return their cids.
+
+        Neither is let in afterwards: only keys on the list are. A device that was never seen
+        counts from its admission on.
+        """
+        limit = time.time() - days * DAY.total_seconds()
+        old = "revoked IS NOT NULL OR coalesce(last_seen, admitted) < ?"
+        with self._open() as db:
+            cids = [row[0] for row in db.execute(f"SELECT cid FROM devices WHERE {old}", [limit])]
+            db.execute(f"DELETE FROM devices WHERE {old}", [limit])
+        return cids
 
     def all(self) -> list[Admission]:
         """Return all devices, also the revoked, by name."""

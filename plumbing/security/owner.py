@@ -4,11 +4,13 @@ python server.py devices                     list them: since when, last seen, f
 python server.py devices token               a new token, also while the server runs
 python server.py devices revoke 3            cut device 3 off, now and from now on
 python server.py devices revoke -- -h        a device with such a name, on an older list
+python server.py devices prune --days 90     remove the revoked, and who was not seen for 90 days
 python server.py devices admit 7 8 --out DIR make their key files, for a fleet's cards:
                                              client.py --join=FILE, or ./run_pi.sh --join=FILE
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -42,6 +44,10 @@ def main(argv: Sequence[str]) -> str | None:
     token.add_argument("--uses", type=int, default=TOKEN_USES, help=f"(default: {TOKEN_USES})")
     revoke = commands.add_parser("revoke", parents=[common], help="take admissions back")
     revoke.add_argument("cids", nargs="+", metavar="CID")
+    prune = commands.add_parser("prune", parents=[common], help="remove the revoked from the list")
+    prune.add_argument(
+        "--days", type=float, default=math.inf, help="and devices not seen for so long"
+    )
     by_file = commands.add_parser("admit", parents=[common], help="make key files for devices")
     by_file.add_argument("cids", nargs="+", metavar="CID")
     by_file.add_argument(
@@ -76,6 +82,11 @@ def main(argv: Sequence[str]) -> str | None:
             )
         elif args.command == "revoke":
             revoke_all(admissions, args.cids)
+        elif args.command == "prune":
+            if not args.days > 0:
+                raise FederationError(f"--days {args.days:g} must be above 0")
+            cids = admissions.prune(args.days)
+            print(f"removed {len(cids)} of the list" + (f": {', '.join(cids)}" if cids else ""))
         else:
             for path in admit(authority, admissions, args.cids, Path(args.out).expanduser()):
                 print(f"{path}: carry it to its device, join there with --join=FILE, delete it")

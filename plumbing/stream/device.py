@@ -176,6 +176,7 @@ class _Worker:
         self.weights: list[np.ndarray] = []
         self.pieces: list[np.ndarray] = []  # of the weights in a fit that is still coming in
         self.problem = ""  # with the last reply, to be reported with the next one
+        self.misfit = ""  # why this device cannot work with the server that it is connected to
         self.traffic = {"total_bytes_received": 0, "total_bytes_sent": 0}
 
     def answer(self, data: bytes, request: wire.Request) -> bytes | None:
@@ -196,7 +197,9 @@ class _Worker:
                 return wire.encode_properties_reply({})
             properties = self.client.get_properties(request.config)
             held = {wire.ROUND_ID: self.round_id} if self.round_id else {}
-            own = {wire.PIECES: True, wire.VERSION: wire.PROTOCOL}
+            own: dict[str, Any] = {wire.PIECES: True, wire.VERSION: wire.PROTOCOL}
+            if self.misfit:  # a server that does not compare versions shows this
+                own["problem"] = self.misfit
             return wire.encode_properties_reply({**properties, **held, **own})
         if request.kind == "get_parameters":
             if round_id and round_id == self.round_id:
@@ -265,7 +268,7 @@ def _serve_once(
         timeout = max(MIN_PAUSE_SECONDS, min(HELLO_SECONDS, seconds))
         if identity:
             identity.prepare(server_address, timeout)
-        keepalive_seconds = _keepalive_seconds(server_address, timeout, identity)
+        keepalive_seconds, worker.misfit = _hello(server_address, timeout, identity)
         with _join(server_address, keepalive_seconds, identity) as (messages, replies):
             for data in messages:
                 if not outcome.connected:
@@ -274,6 +277,8 @@ def _serve_once(
                 if identity:
                     identity.renew_if_due(server_address)
                 request = wire.decode_request(data)
+                if worker.misfit and request.kind not in ("get_properties", "reconnect"):
+                    raise Refused(worker.misfit)
                 if request.kind == "reconnect":
                     outcome.done = request.reconnect_seconds <= 0
                     outcome.pause_seconds = request.reconnect_seconds
@@ -326,14 +331,20 @@ def _channel(
     return grpc.insecure_channel(server_address, options)
 
 
-def _keepalive_seconds(server_address: str, timeout: float, identity: Identity | None) -> float:
-    """Ask how often the connection may be probed, and whether the server is there at all."""
+def _hello(server_address: str, timeout: float, identity: Identity | None) -> tuple[float, str]:
+    """Ask whether the server is there at all.
+
+    Returns:
+        How often the connection may be probed, in seconds; and why this device cannot work
+        with the server, or "". The server learns that when the device joins, so that there is
+        a line on its screen, too.
+    """
     with _channel(server_address, NO_PROXY, identity) as channel:
         try:
             answer = channel.unary_unary(HELLO)(b"", timeout=timeout)
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNIMPLEMENTED:
-                return STOCK_KEEPALIVE_SECONDS
+                return STOCK_KEEPALIVE_SECONDS, ""
             raise
     try:
         reported = json.loads(answer)
@@ -341,9 +352,7 @@ def _keepalive_seconds(server_address: str, timeout: float, identity: Identity |
         problem = wire.version_problem(reported.get(wire.VERSION, 1), "the server")
     except (KeyError, TypeError, ValueError, AttributeError):
         raise FederationError(f"{server_address} is no server of this kind: {answer!r}") from None
-    if problem:
-        raise Refused(problem)
-    return keepalive_seconds
+    return keepalive_seconds, problem or ""
 
 
 @contextmanager

@@ -454,6 +454,7 @@ M = TypeVar("M", ServerMessage, ClientMessage)
 
 VARINT, BYTES = 0, 2  # wire types, the last three bits of the number
 FIXED_SIZES = {1: 8, 5: 4}  # bytes that the other wire types take
+MAX_TAG_BYTES = 5  # of a field's number and type; protobuf takes no more, with zeros in front
 MAX_FIELDS = 100_000  # in one message; a model has hundreds of arrays
 
 
@@ -488,6 +489,8 @@ def _take_tensors(data: memoryview, path: Mapping[int, Any], tensors: list[memor
         start = position
         key, position = _read_varint(data, position)
         number, wire_type = key >> 3, key & 7
+        if position - start > MAX_TAG_BYTES:
+            raise DecodeError(f"a field with a number of {position - start} bytes at byte {start}")
         if wire_type in (VARINT, BYTES):
             value, position = _read_varint(data, position)
         size = value if wire_type == BYTES else FIXED_SIZES.get(wire_type, 0)

@@ -1,11 +1,14 @@
 """Devices that keep no promise, many in one process: for tests alone, towards this machine.
 
-python tests/faults/hostile.py 127.0.0.1:8080 3 stall
+    python tests/faults/hostile.py 127.0.0.1:8080 3 stall
+    python tests/faults/hostile.py 127.0.0.1:8080 12 whole 88 DIR
 
-stall    offer an update, and send nothing of it
-trickle  send the first chunk of it, and then nothing
-whole    announce offers, and send 88 MB instead
-stock    send 88 MB as a stock client would
+    stall    offer an update, and send nothing of it
+    trickle  send the first chunk of it, and then nothing
+    whole    announce offers, and send so many MB instead
+    stock    send so many MB as a stock client would
+
+At a server with --secure their key files, as `devices admit` makes them, are in a further DIR.
 """
 
 import sys
@@ -20,6 +23,7 @@ import json
 import grpc
 import numpy as np
 
+from plumbing.security import keys
 from plumbing.stream import wire
 from plumbing.stream.device import JOIN
 
@@ -29,7 +33,6 @@ OPTIONS = [
     ("grpc.max_receive_message_length", -1),
 ]
 SILENCE_SECONDS = 300
-LARGE_BYTES = 88_000_000
 
 
 def greeting(cid: str, behaviour: str) -> bytes:
@@ -46,8 +49,8 @@ def greeting(cid: str, behaviour: str) -> bytes:
     )
 
 
-def large_reply() -> bytes:
-    return wire.encode_fit_reply([np.zeros(LARGE_BYTES // 4, np.float32)], 10, {})
+def large_reply(megabytes: int) -> bytes:
+    return wire.encode_fit_reply([np.zeros(megabytes * 250_000, np.float32)], 10, {})
 
 
 async def converse(
@@ -83,24 +86,41 @@ async def converse(
             await stream.write(wire.encode_parameters_reply(arrays, skip, take))
 
 
+def connect(address: str, cid: str, directory: str) -> grpc.aio.Channel:
+    if not directory:
+        return grpc.aio.insecure_channel(address, OPTIONS)
+    key, certificate, authority = keys.read_key_file(Path(directory) / f"device-{cid}.pem")
+    credentials = grpc.ssl_channel_credentials(
+        keys.certificate_pem(authority), keys.key_pem(key), keys.certificate_pem(certificate)
+    )
+    return grpc.aio.secure_channel(address, credentials, OPTIONS)
+
+
 async def live(
-    address: str, cid: str, behaviour: str, large: bytes, together: asyncio.Barrier
+    address: str,
+    cid: str,
+    behaviour: str,
+    large: bytes,
+    together: asyncio.Barrier,
+    directory: str,
 ) -> None:
     while True:
         with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
-            async with grpc.aio.insecure_channel(address, OPTIONS) as channel:
+            async with connect(address, cid, directory) as channel:
                 await converse(channel, cid, behaviour, large, together)
         await asyncio.sleep(1)
 
 
-async def main(address: str, count: int, behaviour: str) -> None:
+async def main(
+    address: str, count: int, behaviour: str, megabytes: str = "0", directory: str = ""
+) -> None:
     assert address.startswith("127.0.0.1:")
-    large = large_reply() if behaviour in ("whole", "stock") else b""
+    large = large_reply(int(megabytes)) if behaviour in ("whole", "stock") else b""
     together = asyncio.Barrier(count)
-    tasks = [live(address, f"h{i}", behaviour, large, together) for i in range(count)]
+    tasks = [live(address, f"h{i}", behaviour, large, together, directory) for i in range(count)]
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(asyncio.gather(*tasks), SILENCE_SECONDS)
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
+    asyncio.run(main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:]))

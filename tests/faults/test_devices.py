@@ -181,7 +181,7 @@ def test_devices_of_different_speed_report_the_examples_that_they_used(
 FAILING = """    failures.append(1)
     if {failing}:
         {error}
-    optimizer = SGD(net.parameters(), settings.momentum)
+    optimizer = SGD(net.parameters(), settings.momentum, settings.weight_decay)
 """
 BUG = "undefined_name.oops()"
 NO_MEMORY = "torch.empty(2**46)"  # 281 TB
@@ -194,7 +194,7 @@ def test_exception_in_training_is_told_and_three_in_a_row_leave_a_device_out(
     server, address = start_server(rounds="6", min_num_clients="3", min_sample_size="3")
 
     def start_failing(cid: int, failing: str, error: str):
-        line = "    optimizer = SGD(net.parameters(), settings.momentum)\n"
+        line = "    optimizer = SGD(net.parameters(), settings.momentum, settings.weight_decay)\n"
         code = "    failures = train.__dict__.setdefault('failures', [])\n"
         code += FAILING.format(failing=failing, error=error)
         return edited_client(address, cid, line, code)

@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from plumbing.security import keys
+from plumbing.security.admissions import Admissions
+from plumbing.security.owner import admit
 from tests.conftest import ROOT
+
+DEVICES = 12
 
 
 @pytest.fixture
 def hostile(launch):
     """Start devices of tests/faults/hostile.py."""
 
-    def start(address: str, count: int, behaviour: str):
+    def start(address: str, count: int, *arguments: str | Path):
         return launch(
-            sys.executable, ROOT / "tests/faults/hostile.py", address, str(count), behaviour
+            sys.executable, ROOT / "tests/faults/hostile.py", address, str(count), *arguments
         )
 
     return start
@@ -39,8 +44,9 @@ def honest(launch):
 
 
 def peak_megabytes(pid: int) -> int:
+    """Return VmHWM; 0 for a process that has ended."""
     found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-    return int(found[1]) * 1024 // 1_000_000
+    return int(found[1]) * 1024 // 1_000_000 if found else 0
 
 
 def rounds_of(run: Path) -> list[dict]:
@@ -52,7 +58,7 @@ def rounds_of(run: Path) -> list[dict]:
     ("behaviour", "reason"),
     [
         ("stall", "offered its update, then sent nothing for"),
-        ("trickle", "offered its update, then"),
+        ("trickle", "offered its update, then sent "),
     ],
 )
 def test_devices_that_offer_and_send_nothing_cost_the_others_seconds_and_no_round(
@@ -86,4 +92,56 @@ def test_devices_that_offer_and_send_nothing_cost_the_others_seconds_and_no_roun
         "dropped by name; the honest device counts in each round, which took "
         + ", ".join(f"{line['seconds']:.0f} s" for line in rounds),
         max(line["seconds"] for line in rounds),
+    )
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("behaviour", "secure", "reason", "most_megabytes"),
+    [
+        ("whole 88", True, "the connection broke", 100),
+        ("whole 88", False, "the connection broke", 100),
+        ("stock 88", False, "the connection broke", 100),
+        ("whole 46", False, "where it had to offer its update", 1000),
+        ("stock 46", False, "not float32", 700),
+    ],
+)
+def test_replies_that_are_no_offers_do_not_fill_the_memory(
+    start_server, hostile, tmp_path, record_fault, behaviour, secure, reason, most_megabytes
+):
+    behaviour, _, megabytes = behaviour.partition(" ")
+    flags, directory = [], []
+    if secure:
+        out = tmp_path / "devices"
+        authority = keys.Authority(tmp_path / "owner")
+        cids = [f"h{i}" for i in range(DEVICES)]
+        list(admit(authority, Admissions(tmp_path / "owner"), cids, out))
+        flags, directory = ["--secure", f"--keys={tmp_path / 'owner'}"], [out]
+    server, address = start_server(
+        *flags,
+        rounds="1",
+        round_retries="0",
+        model="ResNet18",
+        data_dir="synthetic:100",
+        min_num_clients=str(DEVICES),
+        min_sample_size=str(DEVICES),
+        num_partitions=str(DEVICES),
+        round_timeout="30",
+    )
+    before = peak_megabytes(server.popen.pid)
+    hostile(address, DEVICES, behaviour, megabytes, *directory)
+    dropped: list[str] = []  # stock clients have no names
+    while len(dropped) < DEVICES:
+        found = server.wait_for(r"round 1: dropped (device \S+): (.*)", 60)
+        assert reason in found[2]
+        if found[1] not in dropped or behaviour == "stock":
+            dropped.append(found[1])
+    peak = peak_megabytes(server.popen.pid) or before
+    print(f"{DEVICES} x {megabytes} MB, {behaviour}, secure {secure}: {before} MB, peak {peak} MB")
+    assert peak - before < most_megabytes
+    record_fault(
+        f"{DEVICES} devices send {megabytes} MB at the same time, with ResNet18",
+        {"whole": "each had to offer its update first", "stock": "as stock clients"}[behaviour]
+        + (", at a secured server" if secure else ", at an open server"),
+        f"dropped by name; the server's memory grew from {before} to at most {peak} MB",
     )

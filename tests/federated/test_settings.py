@@ -3,7 +3,7 @@
 import pytest
 
 from federated.errors import FederationError
-from federated.settings import Settings
+from federated.settings import RunSettings, Settings
 from plumbing.stream import wire
 
 SETTINGS = Settings(
@@ -14,6 +14,7 @@ SETTINGS = Settings(
     round_seconds=1.5,
     batch_size=64,
     momentum=0.0,
+    weight_decay=0.001,
     proximal_mu=0.01,
     partition="dirichlet:0.5",
     num_partitions=5,
@@ -73,3 +74,23 @@ def test_a_value_of_another_type_is_refused_and_quoted(name, value, message):
     with pytest.raises(FederationError) as error:
         Settings.from_config(across_the_wire({name: value}), default_lr=0.02)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("linear", [0.4, 0.3, 0.2, 0.1, 0.0]),
+        ("cosine", [0.4, 0.341421, 0.2, 0.058579, 0.0]),
+        ("constant", [0.4, 0.4, 0.4, 0.4, 0.4]),
+    ],
+)
+def test_learning_rate_follows_its_schedule_over_the_rounds(schedule, rates):
+    settings = RunSettings(rounds=4, lr=0.4, lr_schedule=schedule)
+    rounds = [settings.for_round(r) for r in (1, 2, 3, 4)]
+    assert [r.lr for r in rounds] == pytest.approx(rates[:4], abs=1e-6)
+    assert [r.lr_end for r in rounds] == pytest.approx(rates[1:], abs=1e-6)
+
+
+def test_schedule_that_is_none_is_named():
+    with pytest.raises(FederationError, match="no --lr_schedule 'step'; choose linear, cosine"):
+        RunSettings(lr_schedule="step").check()

@@ -1,9 +1,12 @@
 """What a clumsy owner is told: one line, what is wrong and what to do, and exit code 1."""
 
+import contextlib
 import io
 import signal
 import socket
+import sqlite3
 import sys
+import time
 
 import pytest
 
@@ -232,6 +235,23 @@ def test_revoking_several_revokes_those_that_are_admitted_and_names_the_others(m
     assert "device 1 was revoked already, on " in problems
     assert "no device '9' is admitted" in problems
     assert all(device.revoked for device in gate.admissions.all())
+
+
+def test_prune_removes_the_revoked_and_with_days_those_not_seen(make_gate, devices):
+    admissions = make_gate().admissions
+    for cid in ("0", "1", "2"):
+        admissions.admit(cid, f"hash {cid}", b"")
+    admissions.revoke("1")
+    assert "removed 1 of the list: 1\n" in devices("prune")
+    assert "removed 0 of the list\n" in devices("prune")
+    assert [device.cid for device in admissions.all()] == ["0", "2"]
+    with contextlib.closing(sqlite3.connect(admissions.path)) as db, db:
+        db.execute("UPDATE devices SET last_seen = ? WHERE cid = '2'", [time.time() - 8 * 86400])
+    assert "removed 0 of the list\n" in devices("prune", "--days=9")
+    assert "removed 1 of the list: 2\n" in devices("prune", "--days=7")
+    assert [device.cid for device in admissions.all()] == ["0"]
+    assert "is not admitted here" in admissions.objection("2", "hash 2")
+    assert "--days 0 must be above 0" in devices("prune", "--days=0", code=1)
 
 
 def test_device_named_like_a_flag_on_an_older_list_can_be_revoked(make_gate, devices):

@@ -19,7 +19,7 @@ from federated.updates import clean_metrics
 from plumbing.board import THROTTLED_BITS, Telemetry, available_memory
 
 OFF = object()  # a sensor without power: its file opens, reading it fails with EAGAIN
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 STATUS = {"proc/self/status": "Name:\tpython\nVmPeak:\t 2311296 kB\nVmHWM:\t  402344 kB\n"}
 PI_FIRMWARE = "sys/devices/platform/soc/soc:firmware/get_throttled"
