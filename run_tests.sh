@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up, then check everything: style, types, shell scripts, Dockerfiles, tests. What takes a
-# Docker Engine is apart: tests/docker/run tests/engine/run
+# Docker Engine or Flower's is apart: tests/docker/run, tests/engine/run
 #
 #   ./run_tests.sh                                  all of it
 #   ./run_tests.sh tests/plumbing/test_wire.py -x   arguments go to pytest

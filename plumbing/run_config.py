@@ -1,10 +1,14 @@
-"""The settings of a run on Flower's engine, as `flwr run` hands them over."""
+"""The settings of a run on Flower's engine, as `flwr run` hands them over.
+
+python -m plumbing.run_config     prints what pyproject.toml must list in [tool.flwr.app.config]
+"""
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +58,13 @@ def read_config(config: Mapping[str, Any]) -> tuple[RunSettings, argparse.Namesp
         resume=files.resume or None,
         run_id=run_id,
     )
+
+
+def main() -> None:
+    """Print the settings with their defaults."""
+    for name, default in (asdict(RunSettings()) | asdict(EngineSettings())).items():
+        print(f"{name} = {json.dumps(default)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -208,6 +208,15 @@ def test_node_with_an_objection_is_refused_with_one_line(grid):
     assert "refused device 1: it has no images" in recorder.lines()
 
 
+def test_node_without_data_is_refused_with_its_reason(grid):
+    problem = RecordDict({"metrics": ConfigRecord({"problem": "data directory '/d' is empty"})})
+    grid.nodes[Info(9)] = lambda message: problem
+    recorder = open_recorder(grid)
+    recorder.until(lambda: recorder.events)
+    assert recorder.lines() == ["refused node 9: data directory '/d' is empty"]
+    assert not recorder.fleet.devices
+
+
 def test_node_that_is_restarted_gets_its_job_again(grid):
     grid.add(1)
     killed = grid.add(2, lambda message: None)
