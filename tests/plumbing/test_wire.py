@@ -400,3 +400,18 @@ def test_cut_and_pasted_bytes_raise_nothing_but_bad_reply(start, end, patch):
 @example((2**70, 0), "'<f4'", b"")
 def test_any_shape_raises_nothing_but_bad_reply(shape, descr, content):
     assert_no_worse_than_a_bad_reply(fit_reply(npy(header(str(shape), descr), content)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_update_in_chunks_is_joined_to_the_same_arrays(seed):
+    rng = np.random.default_rng(seed)
+    sizes = rng.choice([0, 1, 10, 20_000, 300_000, 700_000], rng.integers(1, 9))
+    arrays = [rng.random(size).astype("f4") for size in sizes]
+    request = wire.FitRequest(arrays, {})
+    replies = []
+    for chunk in request.chunks:
+        take = None if chunk.skip is None else chunk.size
+        some = arrays[chunk.first : chunk.first + chunk.count]
+        replies.append((chunk, wire.encode_parameters_reply(some, chunk.skip or 0, take)))
+    assert_same(list(wire.join_chunks(replies)), arrays)
+    assert max(chunk.size for chunk in request.chunks) <= wire.CHUNK_BYTES
