@@ -78,16 +78,17 @@ class RunningMean:
     def __init__(self, like: Weights) -> None:
         self.sums = {name: np.zeros(array.shape) for name, array in like.items()}
         self.num_examples = 0
+        largest = max((array.size for array in like.values()), default=0)
+        self.chunk = np.empty(min(largest, self.CHUNK))
 
     def add(self, arrays: Weights, num_examples: int) -> None:
         """Add one device's arrays."""
         self.num_examples += num_examples
-        chunk = np.empty(self.CHUNK)
         for name, whole in self.sums.items():
             sums, flat = whole.reshape(-1), arrays[name].reshape(-1)
             for start in range(0, flat.size, self.CHUNK):
                 piece = flat[start : start + self.CHUNK]
-                scaled = chunk[: piece.size]
+                scaled = self.chunk[: piece.size]
                 np.multiply(piece, num_examples * self.GRID, out=scaled, dtype=np.float64)
                 np.rint(scaled, out=scaled)
                 sums[start : start + self.CHUNK] += scaled
