@@ -81,14 +81,15 @@ class Process:
     def __init__(self, *command: str | Path, cwd: Path | None = None) -> None:
         self.lines: list[str] = []
         self._new: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        # One thread each.
+        # One thread each, and not what flwr has set when a test of this process imported it.
+        environment = {k: v for k, v in os.environ.items() if k != "GRPC_VERBOSITY"}
         self.popen = subprocess.Popen(
             [str(part) for part in command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             cwd=cwd,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+            env={**environment, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
         threading.Thread(target=self._read, daemon=True).start()

@@ -463,7 +463,9 @@ class Handed(MemoryFleet):
     def give(self, device, job, answer):
         data, pieces = answer
         work = Work(device, job, wire.FitRequest([*job.model.values()], {}))
-        self.events.append(read_reply(Reply(work, data, pieces=list(pieces))))
+        whole = wire.Chunk(0, len(job.model), 0)  # what was asked for
+        chunks = [(whole, piece) for piece in pieces]
+        self.events.append(read_reply(Reply(work, data, chunks=chunks)))
 
 
 def one_round(fleet, model: dict[str, np.ndarray], **plan) -> Step:
@@ -541,7 +543,8 @@ def test_hung_device_does_not_keep_the_weights_of_its_round(open_fleet):
 @pytest.mark.parametrize("in_pieces", [False, True])
 def test_a_large_model_arrives_whole_or_in_pieces(in_pieces, monkeypatch, open_fleet):
     """Weights of several pieces, to a device that takes them so and to one that does not."""
-    monkeypatch.setattr(wire, "PIECE_BYTES", 1000)
+    for name in ("PIECE_BYTES", "CHUNK_BYTES", "FIRST_CHUNK_BYTES"):
+        monkeypatch.setattr(wire, name, 1000)
     rng = np.random.default_rng(0)
     model = {f"w{n}": rng.normal(size=n).astype("f") for n in (100, 700, 3, 200, 40, 110)}
     received: list[np.ndarray] = []
@@ -554,7 +557,8 @@ def test_a_large_model_arrives_whole_or_in_pieces(in_pieces, monkeypatch, open_f
             return None if request.config.get(wire.MORE) else offer(request)
         first, count = request.config[wire.FIRST], request.config[wire.COUNT]
         trained = [array + np.float32(1) for array in received[-len(model) :]]
-        return wire.encode_parameters_reply(trained[first : first + count])
+        which_bytes = (request.config.get(wire.SKIP, 0), request.config.get(wire.TAKE))
+        return wire.encode_parameters_reply(trained[first : first + count], *which_bytes)
 
     fleet = open_fleet(model_bytes=sum(array.nbytes for array in model.values()))
     properties = {wire.PIECES: True} if in_pieces else {}
@@ -567,5 +571,5 @@ def test_a_large_model_arrives_whole_or_in_pieces(in_pieces, monkeypatch, open_f
     assert_same_bits(
         list(new.values()), [array + np.float32(1) + np.float32(1) for array in model.values()]
     )
-    # 5 pieces or one message, and 5 parts of the weights to fetch, in each round.
-    assert messages == 2 * (["fit"] * (5 if in_pieces else 1) + ["get_parameters"] * 5)
+    # 5 pieces or one message to send, and 7 chunks to fetch, in each round.
+    assert messages == 2 * (["fit"] * (5 if in_pieces else 1) + ["get_parameters"] * 7)

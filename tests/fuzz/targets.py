@@ -89,8 +89,9 @@ def read(data: bytes, pieces: list[bytes]) -> Update:
     seen in a second reading, without it.
     """
     job = Job("1", 0, MODEL, {})
-    work = Work(Device("0"), job, wire.FitRequest(wire.Packed(list(MODEL.values())), {}))
-    result = read_reply(Reply(work, data, pieces=list(pieces)))
+    work = Work(Device("0"), job, wire.FitRequest(list(MODEL.values()), {}))
+    whole = wire.Chunk(0, len(MODEL), 0)  # what was asked for
+    result = read_reply(Reply(work, data, chunks=[(whole, piece) for piece in pieces]))
     assert isinstance(result, Result) and result.job is job
     if result.update is None:
         assert result.at_fault and result.problem

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from federated.errors import FederationError
-from plumbing import checkpoints, runs
+from plumbing import runs
 from plumbing.checkpoints import load_checkpoint, load_weights
 from plumbing.runs import RunDirectory, newest_run, provenance
 from tests.conftest import ROOT
@@ -219,7 +219,7 @@ def test_failed_write_leaves_the_last_checkpoint_and_loses_no_metrics(
     good = (run.path / "checkpoint.safetensors").read_bytes()
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.os, "fsync", no_room)
+        patch.setattr(os, "fsync", no_room)
         run.save(2, WEIGHTS, metrics={"server_round": 2})
     said = capsys.readouterr().err
     assert "round 2: cannot write to" in said
@@ -328,7 +328,7 @@ def test_directory_of_a_run_without_a_finished_round_is_removed(tmp_path):
 
 
 def test_directory_that_cannot_be_set_up_is_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints.os, "fsync", no_room)
+    monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(FederationError, match="No space left on device"):
         RunDirectory(tmp_path / "run", CONFIG)
     assert not (tmp_path / "run").exists()
@@ -338,7 +338,7 @@ def test_directory_is_removed_after_ctrl_c_while_it_is_set_up(tmp_path, monkeypa
     def ctrl_c(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints.os, "fsync", ctrl_c)
+    monkeypatch.setattr(os, "fsync", ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         RunDirectory(tmp_path / "run", CONFIG)
     assert not (tmp_path / "run").exists()
@@ -357,7 +357,7 @@ def test_directory_is_kept_for(tmp_path, monkeypatch, kept_for):
         run.save(1, WEIGHTS)
     if kept_for == "a lost round":
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints.os, "fsync", no_room)
+            patch.setattr(os, "fsync", no_room)
             run.save(1, WEIGHTS)
     assert not run.abandon()
     assert (path / "checkpoint.safetensors").exists()

@@ -138,11 +138,11 @@ def test_device_revoked_while_it_hands_over_its_weights_does_not_count(
     halfway, go_on = threading.Event(), threading.Event()
     real = wire.encode_parameters_reply
 
-    def slowly(weights):
+    def slowly(weights, *which_bytes):
         if weights and weights[0].flat[0] == 50:
             halfway.set()
             assert go_on.wait(30)
-        return real(weights)
+        return real(weights, *which_bytes)
 
     monkeypatch.setattr(wire, "encode_parameters_reply", slowly)
     for client in (Trainee("0", 1), Trainee("1", 50)):
