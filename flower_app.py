@@ -4,7 +4,7 @@
     flwr run . --run-config "rounds=3 model='Net'"    on a SuperLink that you have
 
 The settings are those of server.py, with the same names and defaults (pyproject.toml lists
-them). docs/engine.md tells which road is for whom.
+them). docs/engine.md compares the two roads.
 """
 
 import sys

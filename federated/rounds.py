@@ -469,7 +469,7 @@ class _Round:
         self.reasons: list[str] = []  # of this attempt's drops
         expected: dict[str, tuple[Device, Job]] = {}  # by cid; in the end it is empty
         lost: set[str] = set()  # of these, whose connection broke; they may come back
-        # Of these, who are done. The fleet drops whoever does not hand over its update in time;
+        # Of these, who are done. The fleet drops a device that does not send its update in time;
         # how long that takes depends on the others as well.
         offered: set[str] = set()
         jobs = training.jobs(self.plan.job_id(self.server_round))

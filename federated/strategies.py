@@ -103,7 +103,7 @@ class Strategy:
 
     Args:
         flower: it; its `start` is never called.
-        min_sample_size: devices that a round samples at least, if there are so many.
+        min_sample_size: the least number of devices that a round samples, if that many are idle.
     """
 
     def __init__(self, flower: Any, min_sample_size: int = 1) -> None:

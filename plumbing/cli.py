@@ -103,7 +103,7 @@ def ready(program: str) -> Iterator[None]:
         sys.exit(f"{program}: {error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # whoever read our output is gone: `| head`
+    except BrokenPipeError:  # the reader of our output has ended: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
 

@@ -1,7 +1,7 @@
 """File descriptors: each connection takes one, and the run's own files must not go without.
 
 Connections meet a limit that is RESERVE below what the process may open; the difference is
-there for whoever writes a file:
+there for code that writes a file:
 
     with descriptors.reserve.released():
         path.write_bytes(data)
@@ -90,7 +90,7 @@ reserve = Reserve()
 
 
 def check(num_devices: int) -> None:
-    """Raise FederationError if this process cannot have a connection to so many devices."""
+    """Raise FederationError if this process cannot have that many connections."""
     needed = num_devices + RESERVE + OTHERS
     if reserve.limit and needed > reserve.limit:
         raise FederationError(

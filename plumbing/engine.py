@@ -145,7 +145,7 @@ class Processes:
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def start(self, name: str, *command: str, **kwargs: Any) -> subprocess.Popen[str]:
-        """Start one of Flower's programs; what it prints goes to a file unless told otherwise."""
+        """Start one of Flower's programs; its output goes to a file by default."""
         with (self.home / f"{name}.log").open("w") as log:
             kwargs = {"stdout": log, **kwargs}
             return subprocess.Popen(
