@@ -36,7 +36,7 @@ from federated.settings import EngineSettings, RunSettings
 from plumbing.runs import load_config, newest_run
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST_FLWR = (1, 41)  # whose Fleet API is HTTP and that has the options used here
+OLDEST_FLWR = (1, 42)  # what requirements-engine.txt pins
 APP = "flower_app.py: "  # before what the app reports
 NO_INTERNET = 3  # exit code of utils.py
 START_SECONDS = 90  # for a SuperLink to listen; a loaded Raspberry Pi takes 40

@@ -20,7 +20,7 @@ def complaint(capsys, *arguments):
 @pytest.fixture
 def versions(monkeypatch):
     """Let Flower and Ray be installed in the versions of a dict."""
-    installed = {"flwr": "1.41.0", "ray": "2.55.1"}
+    installed = {"flwr": "1.42.0", "ray": "2.55.1"}
 
     def version(name):
         if name not in installed:
@@ -46,7 +46,7 @@ def test_superlink_needs_no_ray(versions, capsys, tmp_path):
 
 def test_older_flwr_is_refused(versions, capsys):
     versions["flwr"] = "1.30.0"
-    assert "flwr 1.30.0 is older than 1.41; install" in complaint(capsys)
+    assert "flwr 1.30.0 is older than 1.42; install" in complaint(capsys)
 
 
 def test_missing_flwr_is_named(versions, capsys):

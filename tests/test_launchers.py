@@ -145,7 +145,7 @@ class Device:
         for kind in ("cpu", "gpu"):
             (self.tree / "base_images" / kind).mkdir(parents=True)
             (self.tree / "base_images" / kind / "Dockerfile").write_text(f"FROM {kind}\n")
-        (self.tree / "base_images/requirements.txt").write_text("flwr==1.41.0\n")
+        (self.tree / "base_images/requirements.txt").write_text("grpcio==1.85.1\n")
         (self.tree / "plumbing").mkdir()
         for script in (
             "run_pi.sh",
@@ -658,7 +658,7 @@ def test_base_image_is_built_again_when_its_files_have_changed(device):
     (device.tree / "base_images/gpu/Dockerfile").write_text("FROM other\n")
     assert len(device.pi(*ARGUMENTS).of("build")) == 1
 
-    (device.tree / "base_images/requirements.txt").write_text("flwr==1.42.0\n")
+    (device.tree / "base_images/requirements.txt").write_text("grpcio==1.85.2\n")
     second = label_of(device.pi(*ARGUMENTS))
     (device.tree / "base_images/cpu/Dockerfile").write_text("FROM newer\n")
     third = label_of(device.pi(*ARGUMENTS))
