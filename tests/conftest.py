@@ -66,9 +66,14 @@ def free_port() -> int:
 
 
 def complaint(main: Callable[..., Any], *arguments: str) -> str:
-    """Return the one line that `main` ends with."""
-    with pytest.raises(SystemExit) as ending:
-        main(arguments)
+    """Return the one line that `main` ends with; the signal handlers stay as they are."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ending:
+            main(arguments)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     line = ending.value.code
     assert isinstance(line, str), f"exit code {line} without a message"
     assert "\n" not in line

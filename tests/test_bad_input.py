@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,13 +16,6 @@ import client
 import server
 import utils
 from tests.conftest import ROOT, complaint
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    old = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, old)
 
 
 def server_complaint(tmp_path: Path, *arguments: str) -> str:

@@ -2,7 +2,8 @@
 
 import re
 
-from tests.test_bad_input import server_complaint
+import server
+from tests.conftest import complaint
 
 
 def test_log_file_has_each_line_with_its_time(start_server, start_client, tmp_path):
@@ -32,5 +33,5 @@ def test_log_file_has_errors_and_no_token(start_server, tmp_path):
 
 
 def test_log_file_that_cannot_be_written_is_named(tmp_path):
-    line = server_complaint(tmp_path, f"--log_file={tmp_path}")
+    line = complaint(server.main, f"--log_file={tmp_path}")
     assert line == f"server.py: cannot write --log_file '{tmp_path}' (Is a directory)"

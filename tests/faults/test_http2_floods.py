@@ -14,12 +14,12 @@ import pytest
 
 from plumbing.addresses import parse_address
 from tests.devices import Adder, Recorder, small_model
-from tests.security.http2 import END_HEADERS, HEADERS, SETTINGS, _frame, _text
+from tests.http2 import END_HEADERS, HEADERS, SETTINGS, frame, header_block
 
 SECONDS = 3.0
 MOST_FRAMES = 200_000
 RST_STREAM, PING = 3, 6
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(SETTINGS, 0, 0, b"")
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0, b"")
 
 
 def headers() -> bytes:
@@ -31,19 +31,19 @@ def headers() -> bytes:
         "te": "trailers",
         "content-type": "application/grpc",
     }
-    return b"".join(b"\0" + _text(name) + _text(value) for name, value in fields.items())
+    return header_block(fields)
 
 
 def rapid_resets(number: int) -> bytes:
     stream = 2 * number + 1
     cancel = (8).to_bytes(4, "big")
-    return _frame(HEADERS, END_HEADERS, stream, headers()) + _frame(RST_STREAM, 0, stream, cancel)
+    return frame(HEADERS, END_HEADERS, stream, headers()) + frame(RST_STREAM, 0, stream, cancel)
 
 
 FLOODS = {
     "rapid reset": rapid_resets,
-    "settings": lambda number: _frame(SETTINGS, 0, 0, b"\0\x04" + (65_535).to_bytes(4, "big")),
-    "pings": lambda number: _frame(PING, 0, 0, number.to_bytes(8, "big")),
+    "settings": lambda number: frame(SETTINGS, 0, 0, b"\0\x04" + (65_535).to_bytes(4, "big")),
+    "pings": lambda number: frame(PING, 0, 0, number.to_bytes(8, "big")),
 }
 
 

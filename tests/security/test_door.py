@@ -11,8 +11,8 @@ from plumbing.security.gate import Peer
 from plumbing.security.identity import ENROL, RENEW
 from plumbing.stream import device as transport
 from tests.devices import Recorder
+from tests.http2 import call
 from tests.security.conftest import admitted, channel, rogue
-from tests.security.http2 import call
 
 TOMORROW = "/plumbing.Fleet/Tomorrow"
 
@@ -110,12 +110,12 @@ def device_tls(fleet, tmp_path) -> ssl.SSLContext:
 
 def test_resumed_session_is_let_in_until_the_device_is_revoked(fleet, device_tls):
     _, first = call(fleet.address, device_tls, transport.HELLO)
-    reused, said = call(fleet.address, device_tls, transport.HELLO, first.session)
-    assert reused and b"keepalive_seconds" in said.data
+    reused, answered = call(fleet.address, device_tls, transport.HELLO, first.session)
+    assert reused and b"keepalive_seconds" in answered.data
     fleet.gate.admissions.revoke("0")
-    reused, said = call(fleet.address, device_tls, transport.HELLO, first.session)
+    reused, answered = call(fleet.address, device_tls, transport.HELLO, first.session)
     assert reused  # TLS itself knows nothing of it
-    assert b"device 0 was revoked" in said.data and b"keepalive_seconds" not in said.data
+    assert b"device 0 was revoked" in answered.data and b"keepalive_seconds" not in answered.data
 
 
 def test_session_of_the_open_address_opens_nothing_at_the_other(open_fleet):
@@ -125,8 +125,8 @@ def test_session_of_the_open_address_opens_nothing_at_the_other(open_fleet):
     keyless.set_alpn_protocols(["h2"])
     _, first = call(fleet.stock_address, keyless, transport.HELLO)
     assert b"keepalive_seconds" in first.data and first.session.has_ticket
-    reused, said = call(fleet.address, keyless, transport.HELLO, first.session)
-    assert not reused and said.data == b""
+    reused, answered = call(fleet.address, keyless, transport.HELLO, first.session)
+    assert not reused and answered.data == b""
 
 
 class Keyless:

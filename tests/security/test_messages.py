@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import signal
 import socket
 import sqlite3
 import sys
@@ -20,13 +19,6 @@ from plumbing.stream.fleet import StreamFleet
 from tests.conftest import complaint
 from tests.devices import Recorder
 from tests.security.conftest import admitted, rogue, run_python, serve, token_for
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    old = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, old)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ END_STREAM, END_HEADERS = 1, 4
 
 
 @dataclass(frozen=True)
-class Said:
-    """What the server sent, frames and all, and the session to come back with."""
+class Received:
+    """What the server sent, with its frames, and the session that can be resumed."""
 
     data: bytes
     session: ssl.SSLSession | None
@@ -22,7 +22,7 @@ class Said:
 
 def call(
     address: str, tls: ssl.SSLContext, method: str, session: ssl.SSLSession | None = None
-) -> tuple[bool, Said]:
+) -> tuple[bool, Received]:
     """Send one empty message; return whether the session was resumed, and the answer."""
     headers = {
         ":method": "POST",
@@ -32,31 +32,34 @@ def call(
         "te": "trailers",
         "content-type": "application/grpc",
     }
-    block = b"".join(b"\0" + _text(name) + _text(value) for name, value in headers.items())
     request = (
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-        + _frame(SETTINGS, 0, 0, b"")
-        + _frame(HEADERS, END_HEADERS, 1, block)
-        + _frame(DATA, END_STREAM, 1, bytes(5))
+        + frame(SETTINGS, 0, 0, b"")
+        + frame(HEADERS, END_HEADERS, 1, header_block(headers))
+        + frame(DATA, END_STREAM, 1, bytes(5))
     )
-    said = b""
+    received = b""
     with (
         socket.create_connection(parse_address(address), timeout=10) as plain,
         contextlib.suppress(ssl.SSLError, ConnectionError, TimeoutError),
         tls.wrap_socket(plain, session=session) as connection,
     ):
         connection.sendall(request)
-        while b"grpc-status" not in said and (more := connection.recv(1 << 16)):
-            said += more
+        while b"grpc-status" not in received and (more := connection.recv(1 << 16)):
+            received += more
             connection.settimeout(2)
-        return connection.session_reused, Said(said, connection.session)
-    return False, Said(said, None)
+        return connection.session_reused, Received(received, connection.session)
+    return False, Received(received, None)
 
 
-def _text(text: str) -> bytes:
-    """Return a string as HPACK has it, without compression."""
-    return bytes([len(text)]) + text.encode()
+def header_block(fields: dict[str, str]) -> bytes:
+    """Return headers as HPACK has them, without compression."""
+
+    def literal(text: str) -> bytes:
+        return bytes([len(text)]) + text.encode()
+
+    return b"".join(b"\0" + literal(name) + literal(value) for name, value in fields.items())
 
 
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
