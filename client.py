@@ -16,10 +16,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsFloat
 
 import numpy as np
 
@@ -27,12 +27,15 @@ from federated.errors import FederationError
 from federated.settings import Settings
 from federated.updates import fingerprint
 from plumbing.addresses import check_cid, check_destination
-from plumbing.board import Telemetry, describe_board
+from plumbing.board import Telemetry, available_memory, describe_board
 from plumbing.security.identity import open_identity
 from plumbing.security.keys import default_keys_dir
-from plumbing.stream.device import enrol, serve
+from plumbing.stream.device import Reporter, enrol, serve
 
 ROOT = Path(__file__).resolve().parent
+REPORT_SECONDS = 12.0  # from one report of progress to the next
+
+Report = Callable[[int, int, SupportsFloat, float], None]
 
 
 class Trainer(Protocol):
@@ -59,20 +62,36 @@ class Trainer(Protocol):
         """Return the weights as they are here."""
 
     def fit(
-        self, weights: Mapping[str, np.ndarray], settings: Settings
+        self, weights: Mapping[str, np.ndarray], settings: Settings, report: "Report"
     ) -> tuple[dict[str, np.ndarray], int, dict[str, Any]]:
-        """Train from `weights` on; return the new ones, how many images were used, and metrics."""
+        """Train from `weights` on; return the new ones, how many images were used, and metrics.
+
+        Args:
+            report: called before each step with the number of steps done and due, the loss of the
+                last one, and the images a second so far.
+        """
 
     def evaluate(self, weights: Mapping[str, np.ndarray]) -> tuple[float, int, dict[str, Any]]:
         """Return the loss of `weights`, on how many images, and metrics."""
 
 
 class Client:
-    """Answers the server's requests with what this device has."""
+    """Answers the server's requests with what this device has.
 
-    def __init__(self, cid: str, trainer: Trainer) -> None:
+    Args:
+        send_progress: sends a report to the server, and returns at once.
+    """
+
+    def __init__(
+        self,
+        cid: str,
+        trainer: Trainer,
+        send_progress: Callable[[Mapping[str, Any]], None] = lambda report: None,
+    ) -> None:
         self.cid = cid
         self.trainer = trainer
+        self.send_progress = send_progress
+        self.report_due = 0.0  # when the next one may be sent
         self.data = ""  # what it trains on, in words
         self.telemetry = Telemetry()
 
@@ -108,10 +127,19 @@ class Client:
         start = time.perf_counter()
         self.telemetry.start()
         weights, num_examples, metrics = self.trainer.fit(
-            self._named(parameters), self._settings(config)
+            self._named(parameters), self._settings(config), self._report
         )
         metrics = {**metrics, **self.telemetry.measure(), "seconds": time.perf_counter() - start}
         return list(weights.values()), num_examples, metrics
+
+    def _report(self, step: int, steps: int, loss: SupportsFloat, images_per_second: float) -> None:
+        """Send how far the training is, if it is time for that."""
+        if time.monotonic() >= self.report_due:
+            self.report_due = time.monotonic() + REPORT_SECONDS
+            measured = {**self.telemetry.measure(), "free_ram_mb": available_memory()[0] / 1e6}
+            progress = {"cid": self.cid, "step": step, "steps": steps, "loss": float(loss)}
+            rate = {"images_per_second": float(images_per_second)}
+            self.send_progress({**measured, **progress, **rate})
 
     def evaluate(
         self, parameters: list[np.ndarray], config: dict[str, Any]
@@ -221,13 +249,15 @@ def run(args: argparse.Namespace) -> None:
         download=args.data_dir is None,
     )
     print(f"Client {args.cid}: {trainer.describe()}")
+    reporter = Reporter()
     serve(
         args.server_address,
-        Client(args.cid, trainer),
+        Client(args.cid, trainer, reporter),
         on_state=partial(write_state, args.cid),
         max_wait_seconds=args.max_wait_seconds,
         stay=args.stay,
         identity=identity,
+        reporter=reporter,
     )
     print(f"Client {args.cid}: the server is done, shutting down")
 

@@ -78,7 +78,10 @@ class TorchTrainer:
         return utils.get_weights(self.net)
 
     def fit(
-        self, weights: Mapping[str, np.ndarray], settings: Settings
+        self,
+        weights: Mapping[str, np.ndarray],
+        settings: Settings,
+        report: Callable[[int, int, torch.Tensor, float], None] = lambda *_: None,
     ) -> tuple[dict[str, np.ndarray], int, dict[str, Any]]:
         """Train from `weights` on; return the new ones, how many images were used, and metrics."""
         self._cut_data(settings)
@@ -91,6 +94,8 @@ class TorchTrainer:
 
         def before_step(progress: utils.Progress) -> float | None:
             show(progress)
+            images = progress.step * settings.batch_size
+            report(progress.step, progress.steps, progress.loss, images / (progress.seconds or 1))
             return progress.seconds / settings.round_seconds if settings.round_seconds else None
 
         trained = utils.train(

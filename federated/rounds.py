@@ -116,6 +116,17 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a device is with its training, a few times a minute: its own word."""
+
+    device: Device
+    step: int  # so many are done
+    steps: int  # in all
+    images_per_second: float
+    metrics: Mapping[str, Scalar]  # the loss, and what the board measures of itself
+
+
+@dataclass(frozen=True)
 class Freed:
     """A device ended a job that nobody waited for any more."""
 
@@ -170,7 +181,7 @@ class Retry:
     reason: str = ""
 
 
-Event = Joined | Left | Resumed | Offered | Result | Freed | Notice
+Event = Joined | Left | Resumed | Progress | Offered | Result | Freed | Notice
 Observed = Event | Waiting | Dropped | Clipped | Retry
 Observer = Callable[["Observed | Step"], None]
 

@@ -237,7 +237,8 @@ class Mean:
     def get_weights(self):
         return {"mean": np.zeros(1)}
 
-    def fit(self, weights, settings):
+    def fit(self, weights, settings, report):
+        report(1, 2, 0.5, 10.0)
         return {"mean": weights["mean"] + settings.lr * 4}, 3, {"loss": 0.5}
 
     def evaluate(self, weights):

@@ -3,6 +3,7 @@
 One process, one stream. `serve` returns when the server ends the run.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -10,7 +11,7 @@ import queue
 import random
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 JOIN = "/flwr.proto.FlowerService/Join"
 HELLO = "/plumbing.Fleet/Hello"
+PROGRESS = "/plumbing.Fleet/Progress"
 MAX_PAUSE_SECONDS = 30.0
+REPORT_SECONDS = 5.0  # then a report of progress that has not arrived is given up
 HELLO_SECONDS = 10.0  # gRPC itself tries for 20 s to reach an address that swallows packets
 MIN_PAUSE_SECONDS = 0.5
 HOPELESS_SECONDS = 60.0  # with the same wrong program at the address
@@ -76,6 +79,7 @@ def serve(
     max_wait_seconds: float | None = None,
     stay: bool = False,
     identity: Identity | None = None,
+    reporter: "Reporter | None" = None,
 ) -> None:
     """Do what the server asks of `client` until the run is over.
 
@@ -89,13 +93,14 @@ def serve(
         max_wait_seconds: give up after so long without a server; None is never.
         stay: when the run is over, wait for the next.
         identity: what both ends prove themselves by; without one the server must be open.
+        reporter: sends the client's progress while it is connected.
 
     Raises:
         Refused: the server does not take this device.
         FederationError: no such host, no server for `max_wait_seconds`, or one that
             sends what makes no sense.
     """
-    worker = _Worker(client)
+    worker = _Worker(client, reporter or Reporter())
 
     def attempt(seconds: float) -> _Outcome:
         return _serve_once(server_address, worker, on_state, seconds, identity)
@@ -166,11 +171,34 @@ def _keep_trying(
         time.sleep(pause)
 
 
+class Reporter:
+    """Sends a device's progress beside the stream; a report that is lost does no harm."""
+
+    def __init__(self) -> None:
+        self.channel: grpc.Channel | None = None  # while a server is connected that takes reports
+
+    def __call__(self, report: Mapping[str, Any]) -> None:
+        """Send a report, and do not wait for the answer."""
+        if channel := self.channel:
+            with contextlib.suppress(grpc.RpcError, ValueError):  # the channel is closed
+                metadata = [(wire.PROGRESS_KEY, wire.encode_progress(report))]
+                call = channel.unary_unary(PROGRESS).future(
+                    b"", timeout=REPORT_SECONDS, metadata=metadata
+                )
+                call.add_done_callback(self._note)
+
+    def _note(self, call: grpc.Future) -> None:
+        """Send no more to a server that does not know the call."""
+        if call.code() == grpc.StatusCode.UNIMPLEMENTED:
+            self.channel = None
+
+
 class _Worker:
     """Answers requests; keeps what it trained last until something new is trained."""
 
-    def __init__(self, client: NumPyClient) -> None:
+    def __init__(self, client: NumPyClient, reporter: Reporter) -> None:
         self.client = client
+        self.reporter = reporter
         self.round_id = ""  # of the round that the rest belongs to
         self.offer = b""
         self.weights: list[np.ndarray] = []
@@ -269,7 +297,8 @@ def _serve_once(
         if identity:
             identity.prepare(server_address, timeout)
         keepalive_seconds, worker.misfit = _hello(server_address, timeout, identity)
-        with _join(server_address, keepalive_seconds, identity) as (messages, replies):
+        with _join(server_address, keepalive_seconds, identity, worker.reporter) as conversation:
+            messages, replies = conversation
             for data in messages:
                 if not outcome.connected:
                     outcome.connected = True
@@ -357,7 +386,10 @@ def _hello(server_address: str, timeout: float, identity: Identity | None) -> tu
 
 @contextmanager
 def _join(
-    server_address: str, keepalive_seconds: float, identity: Identity | None
+    server_address: str,
+    keepalive_seconds: float,
+    identity: Identity | None,
+    reporter: Reporter,
 ) -> Iterator[tuple[Iterator[bytes], "queue.SimpleQueue[bytes]"]]:
     """Open the stream; yield the server's messages and a queue for the answers."""
     options = [
@@ -375,9 +407,11 @@ def _join(
     with _channel(server_address, options, identity) as channel:
         join = channel.stream_stream(JOIN)  # bytes in, bytes out
         stream = join(iter(replies.get, None))
+        reporter.channel = channel
         try:
             yield stream, replies
         finally:
+            reporter.channel = None
             replies.put(None)
             stream.cancel()
 

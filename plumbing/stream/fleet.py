@@ -33,10 +33,11 @@ from federated.rounds import (
     Left,
     Notice,
     Offered,
+    Progress,
     Result,
     Resumed,
 )
-from federated.updates import clean_metrics, make_update
+from federated.updates import Scalar, clean_metrics, make_update
 from plumbing import descriptors
 from plumbing.addresses import check_cid, join_address, listening_addresses, reachable_address
 from plumbing.security.complaints import Refusals
@@ -67,7 +68,9 @@ WINDOW_BYTES = 1 << 19  # under way to us on a connection: 25 MB/s where a round
 M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 16
 
 WATCH_SECONDS = 1.0  # how often the owner's list is looked at for devices that were revoked
+REPORT_SECONDS = 1.0  # a device's reports of its progress that come sooner are ignored
 NOTE_EVERY = 30  # of these times the list is updated with who is here
+MAX_STEPS, MAX_RATE = 10**12, 1e9  # what a device reports beyond that makes no sense
 SHORTAGE_SECONDS = 60.0  # from one line on missing file descriptors to the next
 
 T = TypeVar("T")
@@ -112,7 +115,7 @@ class StreamFleet(Fleet):
         self.gate = gate
         self.stock_address = stock_address
         self.closing = False
-        self._events: queue.SimpleQueue[Event | Reply] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event | Reply | Session] = queue.SimpleQueue()
         self._end_turn: Callable[[], None] | None = None  # of the Result that was returned last
         self._requests: weakref.WeakKeyDictionary[Job, wire.FitRequest] = (
             weakref.WeakKeyDictionary()
@@ -162,6 +165,9 @@ class StreamFleet(Fleet):
             event = self._events.get(timeout=timeout)
         except queue.Empty:
             return None
+        if isinstance(event, Session):
+            event.has_reported = False  # before its report is taken: the next one is queued again
+            return event.progress
         if not isinstance(event, Reply):
             return event
         self._end_turn = event.end_turn
@@ -193,7 +199,7 @@ class StreamFleet(Fleet):
 
     async def _listen(self, server_address: str) -> str:
         # All take a stream of bytes, since for others gRPC reads a message before we are asked.
-        methods: dict[str, Any] = {"Hello": self._hello}
+        methods: dict[str, Any] = {"Hello": self._hello, "Progress": self._progress}
         if self.gate:
             methods |= {"Enrol": self.gate.enrol, "Renew": self.gate.renew}
         services = {"flwr.proto.FlowerService": {"Join": self._join}, "plumbing.Fleet": methods}
@@ -275,6 +281,24 @@ class StreamFleet(Fleet):
         """Answer what a device must know before it opens the stream."""
         answer = {"keepalive_seconds": self.keepalive_seconds, "protocol": wire.PROTOCOL}
         await context.write(json.dumps(answer).encode())
+
+    async def _progress(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
+        """Take a device's report of its progress, from the connection that it joined by.
+
+        What cannot be read is ignored, and of many reports that wait the newest is kept.
+        """
+        with contextlib.suppress(BadReply):
+            metadata = dict(context.invocation_metadata() or ())
+            report = wire.decode_progress(bytes(metadata.get(wire.PROGRESS_KEY, b"")))
+            session = self._sessions.get(str(report.pop("cid", "")))
+            due = session and time.monotonic() >= session.report_due
+            if session and due and session.context.peer() == context.peer():
+                session.progress = read_progress(session.device, report)
+                session.report_due = time.monotonic() + REPORT_SECONDS
+                if not session.has_reported:
+                    session.has_reported = True
+                    self._events.put(session)
+        await context.write(b"")
 
     async def _join(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
         """Serve one device for as long as it is connected."""
@@ -506,6 +530,22 @@ def read_reply(reply: Reply) -> Result:
     return Result(
         device, job, update, "", False, reply.seconds, reply.bytes_sent, reply.bytes_received
     )
+
+
+@wire.untrusted()
+def read_progress(device: Device, report: Mapping[str, Any]) -> Progress:
+    """Check a device's report of its progress.
+
+    Raises:
+        BadReply: numbers are missing, or make no sense.
+    """
+    metrics: dict[str, Scalar] = clean_metrics(report)
+    step, steps, rate = (metrics.pop(name) for name in ("step", "steps", "images_per_second"))
+    if type(step) is not int or type(steps) is not int or not 0 <= step <= steps <= MAX_STEPS:
+        raise BadReply(f"step {step!r} of {steps!r}")
+    if type(rate) is not float or not 0 <= rate <= MAX_RATE:
+        raise BadReply(f"{rate!r} images a second")
+    return Progress(device, step, steps, rate, metrics)
 
 
 def _taken_from(chunks: list[T]) -> Iterator[T]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import grpc
 
 from federated.errors import BadReply
-from federated.rounds import Device, Job
+from federated.rounds import Device, Job, Progress
 from plumbing.stream import wire
 
 GOODBYE_SECONDS = 5.0
@@ -149,6 +149,9 @@ class Session:
         self.address = address  # its IP address
         self.key_hash = key_hash  # of the key that it proved to have, at a secured server
         self.task = asyncio.current_task()
+        self.progress: Progress | None = None  # as it reported last
+        self.has_reported = False  # that waits in the fleet's queue
+        self.report_due = 0.0  # a report that comes sooner is ignored
         self.cut_off = ""  # why, if the server ends the connection
         self.work: Work | None = None  # from `give` until the reply
         self._inbox: asyncio.Queue[Work | bytes] = asyncio.Queue()

@@ -59,6 +59,11 @@ SKIP, TAKE = "skip", "take"  # of the only one of them: which bytes
 # In the config of a get_properties: a line for the device's screen. Its answer is not read.
 NOTE = "note"
 
+# A device reports how far its training is by a call of its own, beside the stream. The report is
+# in the call's metadata, of which gRPC takes 16 kB and no more.
+PROGRESS_KEY = "progress-bin"
+PROGRESS_BYTES = 2000
+
 # Raised when one end of another version would misunderstand the other. In a device's
 # properties and in the answer to Hello; absent it is 1.
 PROTOCOL = 2
@@ -316,6 +321,11 @@ def encode_properties_reply(properties: Mapping[str, Any]) -> bytes:
     return message.SerializeToString()
 
 
+def encode_progress(report: Mapping[str, Any]) -> bytes:
+    """Report how far this device is with its training."""
+    return encode_properties_reply(report)
+
+
 def encode_parameters_reply(weights: Weights, skip: int = 0, take: int | None = None) -> bytes:
     """Hand over the model's weights, or a range of the bytes that each array's .npy form has."""
     reply = ClientMessage.GetParametersRes()
@@ -387,6 +397,18 @@ def decode_properties_reply(data: bytes) -> Scalars | None:
     if reply.status.code == Code.GET_PROPERTIES_NOT_IMPLEMENTED:
         return None
     return _scalars(reply.properties)
+
+
+@untrusted()
+def decode_progress(data: bytes) -> Scalars:
+    """Return what `encode_progress` was given.
+
+    Raises:
+        BadReply: the bytes are no such report.
+    """
+    if len(data) > PROGRESS_BYTES:
+        raise BadReply(f"a report of {len(data):,} bytes")
+    return decode_properties_reply(data) or {}
 
 
 @untrusted()

@@ -21,7 +21,7 @@ from plumbing.security import keys
 from plumbing.security.gate import read_certificate, read_enrolment
 from plumbing.security.identity import ENROL_REQUEST
 from plumbing.stream import wire
-from plumbing.stream.fleet import read_reply
+from plumbing.stream.fleet import read_progress, read_reply
 from plumbing.stream.session import Reply, Work, is_offer
 from plumbing.stream.stream_pb2 import ClientMessage
 
@@ -65,6 +65,13 @@ def greeting(data: bytes) -> None:
         check_cid(str(properties.get("cid")))
     except FederationError as error:
         raise BadReply(str(error)) from None
+
+
+def progress(data: bytes) -> None:
+    """A report of progress, in the metadata of a call."""
+    report = read_progress(Device("0"), wire.decode_progress(data))
+    assert 0 <= report.step <= report.steps and report.images_per_second >= 0
+    json.dumps(dict(report.metrics), allow_nan=False)
 
 
 def fit(data: bytes) -> None:
@@ -179,6 +186,7 @@ def assert_same(update: Update, tensors: Iterable[bytes]) -> None:
 
 TARGETS: dict[bytes, Callable[[bytes], None]] = {
     b"g": greeting,
+    b"r": progress,
     b"f": fit,
     b"p": pieces,
     b"e": anything,
