@@ -5,6 +5,8 @@
 Waits for the server, comes back when the connection breaks, ends when the run is over.
 """
 
+from __future__ import annotations
+
 from plumbing import cli
 
 if __name__ == "__main__":
@@ -62,7 +64,7 @@ class Trainer(Protocol):
         """Return the weights as they are here."""
 
     def fit(
-        self, weights: Mapping[str, np.ndarray], settings: Settings, report: "Report"
+        self, weights: Mapping[str, np.ndarray], settings: Settings, report: Report
     ) -> tuple[dict[str, np.ndarray], int, dict[str, Any]]:
         """Train from `weights` on; return the new ones, how many images were used, and metrics.
 
@@ -158,7 +160,7 @@ class Client:
                 f"the server sent {len(arrays)} arrays, {self.trainer.model} has {len(names)}; "
                 "start both sides with the same --model"
             )
-        return dict(zip(names, arrays, strict=True))
+        return dict(zip(names, arrays))
 
 
 def write_state(cid: str, state: str) -> None:

@@ -1,5 +1,7 @@
 """The Trainer of client.py for the models and data of utils.py."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -276,7 +278,7 @@ def training_bytes(
         output = net(images)
     activations = sum(saved.values()) * batch_size / len(images)
     del output  # the graph kept the storages alive, so that no two had one address
-    for buffer, before in zip(net.buffers(), buffers, strict=True):
+    for buffer, before in zip(net.buffers(), buffers):
         buffer.copy_(before)
-    weights = sum(t.nbytes for t in net.state_dict().values())
+    weights = sum(t.numel() * t.element_size() for t in net.state_dict().values())
     return int(WEIGHTS * weights + ACTIVATIONS * activations + REST)

@@ -6,6 +6,8 @@ its name. To fetch CIFAR-10 ahead of a run, and to see what each model weighs:
     python utils.py --data_dir data
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import errno
@@ -181,7 +183,7 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices: np.ndarray) -> "ImageSet":
+    def subset(self, indices: np.ndarray) -> ImageSet:
         """Return the images at `indices` as a set of its own (a copy)."""
         chosen = torch.from_numpy(indices)
         images = self.images.permute(0, 2, 3, 1)[chosen].permute(0, 3, 1, 2)
@@ -287,8 +289,10 @@ def _unpickle(path: Path) -> dict[str, Any]:
 def _is_whole(path: Path) -> bool:
     if not path.is_file():
         return False
+    digest = hashlib.md5()
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest() == CIFAR10_MD5[path.name]
 
 
@@ -364,7 +368,7 @@ def _image_folder(data_dir: Path, split: str, image_size: int) -> ImageSet:
             f"no images in '{data_dir / split}'; put some into {split}/<class>/ "
             f"({' '.join(sorted(IMAGE_SUFFIXES))})"
         )
-    paths, labels = map(list, zip(*found, strict=True))
+    paths, labels = map(list, zip(*found))
     images = np.empty((len(paths), image_size, image_size, 3), np.uint8).transpose(0, 3, 1, 2)
     broken: dict[int, str] = {}
 
@@ -392,9 +396,8 @@ def _image_folder(data_dir: Path, split: str, image_size: int) -> ImageSet:
         for new, old in enumerate(good):  # in place: a Raspberry Pi may not hold a second copy
             images[new] = images[old]
         images, labels = images[: len(good)], [labels[i] for i in good]
-    return ImageSet(
-        torch.from_numpy(images), torch.tensor(labels), classes, f"images in {data_dir}"
-    )
+    source = f"images in {data_dir}"
+    return ImageSet(torch.from_numpy(images), torch.tensor(labels), classes, source)
 
 
 def _decode(path: Path, image_size: int) -> np.ndarray:
@@ -428,13 +431,11 @@ def class_names(data_dir: Path, split: str) -> list[str]:
         if (data_dir / part).is_dir()
     }
     if split not in folders:
-        raise FederationError(
-            f"'{data_dir}' has no folder {split}/ with a folder of images per class"
-        )
+        raise FederationError(f"'{data_dir}' has no folder {split}/ with a folder per class")
     if len(folders[split]) < 2:
+        found = f"{len(folders[split])} class folder(s) ({_found(data_dir / split) or 'none'})"
         raise FederationError(
-            f"'{data_dir / split}' has {len(folders[split])} class folder(s) "
-            f"({_found(data_dir / split) or 'none'}); at least 2 are needed, as {split}/<class>/*"
+            f"'{data_dir / split}' has {found}; at least 2 are needed, as {split}/<class>/*"
         )
     if len(folders) == 2 and folders["train"] != folders["test"]:
         odd = sorted(set(folders["train"]) ^ set(folders["test"]))
@@ -516,8 +517,8 @@ class TrainLoader:
         coins = torch.rand(len(self.labels), generator=self.generator) < 0.5
         used = len(self) * self.batch_size
         # Blocks of about 1 MB still lie in the processor's cache when the step reads them.
-        block = self.batch_size * max(1, 2**20 // self.pixels[: self.batch_size].nbytes)
-        for chosen, coin in zip(order[:used].split(block), coins[:used].split(block), strict=True):
+        block = self.batch_size * max(1, 2**20 // self.pixels[: self.batch_size].numel())
+        for chosen, coin in zip(order[:used].split(block), coins[:used].split(block)):
             chosen = chosen.to(self.pixels.device)
             pixels = self.pixels.index_select(0, chosen)
             if self.flip:
@@ -526,7 +527,6 @@ class TrainLoader:
             yield from zip(
                 normalise(pixels.permute(0, 3, 1, 2)).split(self.batch_size),
                 self.labels[chosen].split(self.batch_size),
-                strict=True,
             )
 
 
@@ -550,9 +550,9 @@ class SGD:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Move the weights w with velocity v: v = mu v + grad, w -= lr (grad + mu v)."""
-        pairs = zip(self.parameters, self.velocities, strict=True)
+        pairs = zip(self.parameters, self.velocities)
         used = [(p, v, p.grad) for p, v in pairs if p.grad is not None]
-        weights, velocities, gradients = map(list, zip(*used, strict=True))
+        weights, velocities, gradients = map(list, zip(*used))
         if self.decay:
             torch._foreach_add_(gradients, weights, alpha=self.decay)
         torch._foreach_mul_(velocities, self.momentum)
@@ -584,7 +584,7 @@ class Training:
 def train(
     net: nn.Module,
     trainloader: TrainLoader,
-    settings: "Settings",
+    settings: Settings,
     device: str = "cpu",
     before_step: Callable[[Progress], float | None] | None = None,
     log: Callable[[str], None] = print,
@@ -625,7 +625,7 @@ def train(
             loss = F.cross_entropy(net(images), labels)
             loss.backward()
             if mu:  # the gradient of FedProx's term, written out
-                for p, w in zip(net.parameters(), global_weights, strict=True):
+                for p, w in zip(net.parameters(), global_weights):
                     if p.grad is not None:
                         p.grad.add_(p.detach() - w, alpha=mu)
             optimizer.step(settings.lr + (settings.lr_end - settings.lr) * min(done, 1.0))
@@ -660,8 +660,7 @@ def test(net: nn.Module, data: ImageSet, device: str = "cpu", batch_size: int = 
     """Evaluate `net` on all of `data`; with ResNet18 each image of a batch takes 1 MB."""
     net.to(device).eval()
     losses, correct = [], []
-    batches = zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True)
-    for images, labels in batches:
+    for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size)):
         scores = net(normalise(images.to(device)))
         labels = labels.to(device)
         losses.append(F.cross_entropy(scores, labels, reduction="none").cpu())

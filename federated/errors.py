@@ -1,5 +1,7 @@
 """The one exception tree: what a person can correct, each with a message of one line."""
 
+from __future__ import annotations
+
 
 class FederationError(Exception):
     """Something that the user can correct; the message states how."""

@@ -1,5 +1,7 @@
 """How a data set that every device has in full is split between them."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from federated.errors import FederationError
@@ -54,11 +56,7 @@ def partition(labels: np.ndarray, num_partitions: int, scheme: str, seed: int) -
             draw = rng.multinomial(missing, mix / mix.sum())
             taken += np.minimum(draw, left - taken)
         parts.append(
-            np.sort(
-                np.concatenate(
-                    [pool[n - t : n] for pool, n, t in zip(pools, left, taken, strict=True)]
-                )
-            )
+            np.sort(np.concatenate([pool[n - t : n] for pool, n, t in zip(pools, left, taken)]))
         )
         left -= taken
     return parts

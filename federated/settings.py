@@ -5,11 +5,13 @@ read names, types, defaults, ranges and help from it. Settings are what a device
 in one round, as they cross the wire with their types.
 """
 
+from __future__ import annotations
+
 import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from federated.errors import FederationError
 
@@ -147,7 +149,7 @@ class RunSettings:
             return self.lr * (1 + math.cos(math.pi * done)) / 2
         return self.lr if self.lr_schedule == "constant" else self.lr * (1 - done)
 
-    def for_round(self, server_round: int) -> "Settings":
+    def for_round(self, server_round: int) -> Settings:
         """Return a round's settings; within it the learning rate changes linearly."""
         return Settings(
             lr=self._lr_after(server_round - 1),
@@ -222,7 +224,7 @@ class Settings:
         return asdict(self)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], default_lr: float) -> "Settings":
+    def from_config(cls, config: Mapping[str, Any], default_lr: float) -> Settings:
         """Read settings that travelled; other keys are left alone.
 
         Raises:
@@ -260,19 +262,17 @@ def typed(declaring: type, config: Mapping[str, Any], what: str) -> dict[str, An
     """
     values: dict[str, Any] = {}
     received = underscored(config)
-    for declared in fields(declaring):
-        if declared.name not in received:
+    for name, expected in get_type_hints(declaring).items():
+        if name not in received:
             continue
-        value = received[declared.name]
-        expected: Any = declared.type
+        value = received[name]
         if expected is float and type(value) is int:
             value = float(value)
         if type(value) is not expected:
             raise FederationError(
-                f"{what} {declared.name} is {value!r}, not of type "
-                f"{getattr(expected, '__name__', expected)}"
+                f"{what} {name} is {value!r}, not of type {getattr(expected, '__name__', expected)}"
             )
-        values[declared.name] = value
+        values[name] = value
     return values
 
 

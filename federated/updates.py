@@ -1,17 +1,19 @@
 """What a device brings back, and what it must be before it may touch the global model."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Dict, Union
 
 import numpy as np
 
 from federated.errors import BadReply
 
-Weights = dict[str, np.ndarray]  # arrays by name, in the order of the model's state_dict
-Scalar = bool | float | int | str
+Weights = Dict[str, np.ndarray]  # arrays by name, in the order of the model's state_dict
+Scalar = Union[bool, float, int, str]
 
 NON_FINITE = "non-finite values"  # in each message on them
 MAX_EXAMPLES = 100_000_000  # more images than any board holds

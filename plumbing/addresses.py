@@ -1,5 +1,7 @@
 """What people type: server addresses (192.168.1.10:8080, [fd00::1]:8080) and device names."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import ipaddress

@@ -9,6 +9,8 @@ Read from the kernel's files with the standard library alone; the telemetry twic
 What a board does not offer, or offers and cannot read right now, is absent.
 """
 
+from __future__ import annotations
+
 import contextlib
 import math
 import os

@@ -4,6 +4,8 @@ if __name__ == "__main__":
     cli.start("server.py")  # before anything imports torch, gRPC or Flower
 """
 
+from __future__ import annotations
+
 import argparse
 import atexit
 import contextlib
@@ -124,7 +126,7 @@ class _Logged(io.TextIOBase):
         self.stream.write(text)
         *lines, self.line = (self.line + text).split("\n")
         for line in lines:
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             with contextlib.suppress(OSError, ValueError):  # a full disk stops no run
                 self.log.write(f"{now} {re.sub(r'join1_[A-Za-z0-9_-]+', 'join1_…', line)}\n")
         return len(text)

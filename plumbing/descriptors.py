@@ -9,6 +9,8 @@ there for code that writes a file:
 gRPC accepts connections until there is no descriptor left, and has no limit of its own.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os

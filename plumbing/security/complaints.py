@@ -1,5 +1,7 @@
 """Lines about strangers: short enough to read, and few however many strangers there are."""
 
+from __future__ import annotations
+
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -38,7 +40,9 @@ class Refusals:
         """Note that `peer`, an address or a device's name, was refused."""
         peer, reason = bounded(peer, 80), bounded(reason)
         with self._lock:
-            at_once = self._reported[peer] < FIRST_LINES and self._reported.total() < PERIOD_LINES
+            at_once = (
+                self._reported[peer] < FIRST_LINES and sum(self._reported.values()) < PERIOD_LINES
+            )
             if at_once:
                 self._reported[peer] += 1
             elif (peer, reason) in self._counted or len(self._counted) < KINDS:
@@ -81,7 +85,7 @@ class Refusals:
             number = f" {times:,} times more" if times > 1 else ""
             lines.append(bounded(f"refused {peer}{number}: {reason}"))
             del self._counted[peer, reason]
-        if others := self._counted.total() + self._others:
+        if others := sum(self._counted.values()) + self._others:
             lines.append(f"refused others {others:,} times, for similar reasons")
         self._counted.clear()
         self._others = 0

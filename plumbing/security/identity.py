@@ -4,12 +4,16 @@ A key file, device-<cid>.pem, holds the device's private key, the certificate fo
 the server's authority. The key is made here and never leaves.
 """
 
+from __future__ import annotations
+
 import contextlib
 import getpass
 import json
 import logging
 import os
+import socket
 import ssl
+import struct
 import sys
 import time
 from pathlib import Path
@@ -37,7 +41,7 @@ MARK = b"# by token "  # begins a line of a key file
 NO_PROXY = [("grpc.enable_http_proxy", 0)]  # a server on the local network is not behind one
 
 
-def open_identity(directory: Path, cid: str, join: str | None) -> "Identity | None":
+def open_identity(directory: Path, cid: str, join: str | None) -> Identity | None:
     """Return the device's identity, or None if it has none and is given none: an open server's.
 
     Args:
@@ -254,19 +258,21 @@ def shown_certificates(server_address: str, seconds: float) -> list[x509.Certifi
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
     try:
-        with (
-            connected(server_address, max(0.5, min(seconds, PROBE_SECONDS))) as plain,
-            context.wrap_socket(plain) as tls,
-        ):
-            # Public from Python 3.13 on, the same before.
-            has_it: Any = tls if hasattr(tls, "get_unverified_chain") else getattr(tls, "_sslobj")  # noqa: B009
-            chain = [_certificate(shown) for shown in has_it.get_unverified_chain()]
-            for certificate in chain:
-                keys.key_hash(certificate)  # of a key that can be read
-            return chain
+        with connected(server_address, max(0.5, min(seconds, PROBE_SECONDS))) as plain:
+            if sys.version_info < (3, 10):
+                chain = _chain_by_openssl(plain)
+            else:
+                with context.wrap_socket(plain) as tls:
+                    # Public from Python 3.13 on, the same before.
+                    public = hasattr(tls, "get_unverified_chain")
+                    has_it: Any = tls if public else getattr(tls, "_sslobj")  # noqa: B009
+                    chain = [_certificate(shown) for shown in has_it.get_unverified_chain()]
+        for certificate in chain:
+            keys.key_hash(certificate)  # of a key that can be read
+        return chain
     except (UnsupportedAlgorithm, ValueError):
         raise NoTLS("what listens there shows a certificate that cannot be read") from None
-    except TimeoutError:
+    except socket.timeout:  # TimeoutError itself, from Python 3.10 on
         raise NotYet("no answer") from None
     except ssl.SSLError:
         raise NoTLS("what listens there speaks no TLS 1.3; start server.py with --secure") from None
@@ -276,6 +282,30 @@ def shown_certificates(server_address: str, seconds: float) -> list[x509.Certifi
                 "what listens there hangs up on TLS; start server.py with --secure"
             ) from None
         raise NotYet((error.strerror or str(error)).lower()) from None
+
+
+def _chain_by_openssl(plain: socket.socket) -> list[x509.Certificate]:
+    """Return what the server shows, on a Python whose own ssl gives the last certificate alone."""
+    from OpenSSL import SSL
+
+    context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+    context.set_min_proto_version(SSL.TLS1_3_VERSION)
+    context.set_alpn_protos([b"h2"])
+    # pyOpenSSL takes sockets that block; the kernel ends them in time.
+    timeout = struct.pack("ll", int(plain.gettimeout() or PROBE_SECONDS) + 1, 0)
+    plain.settimeout(None)
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+    tls = SSL.Connection(context, plain)
+    tls.set_connect_state()
+    try:
+        tls.do_handshake()
+    except SSL.WantReadError:
+        raise socket.timeout from None
+    except SSL.SysCallError as error:
+        raise ConnectionResetError(*error.args) from None
+    except SSL.Error:
+        raise ssl.SSLError("no TLS 1.3") from None
+    return [shown.to_cryptography() for shown in tls.get_peer_cert_chain() or []]
 
 
 def _certificate(shown: Any) -> x509.Certificate:

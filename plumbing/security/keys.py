@@ -11,6 +11,8 @@ of their devices. Nobody else is trusted, and nobody else trusts it.
 All keys are ECDSA on P-256: every TLS library knows them, and a Pi signs in about a millisecond.
 """
 
+from __future__ import annotations
+
 import base64
 import binascii
 import contextlib
@@ -25,7 +27,7 @@ import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +211,7 @@ def is_due(certificate: x509.Certificate) -> bool:
 
 
 def now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)
+    return datetime.datetime.now(datetime.timezone.utc)
 
 
 def _name(common_name: str) -> x509.Name:
@@ -245,7 +247,7 @@ def _builder(
     return builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
 
 
-@cache
+@lru_cache(maxsize=None)
 def nobody() -> tuple[bytes, bytes]:
     """Return key and certificate (PEM) of a device that has none yet, the same everywhere.
 
@@ -253,9 +255,9 @@ def nobody() -> tuple[bytes, bytes]:
     the client. This pair is known to everybody, proves nothing, and opens nothing but
     enrolment: it stands for "no certificate", and enrolment needs no port of its own.
     """
-    number = int.from_bytes(hashlib.sha256(b"flower-embedded: nobody").digest())
+    number = int.from_bytes(hashlib.sha256(b"flower-embedded: nobody").digest(), "big")
     key = ec.derive_private_key(number >> 1, ec.SECP256R1())
-    begin = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+    begin = datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)
     name = _name(NOBODY)
     certificate = (
         _builder(
@@ -475,7 +477,7 @@ def parse_token(text: str) -> Token:
     if not re.fullmatch(TOKEN_PREFIX + "[A-Za-z0-9_-]*", text):
         raise FederationError(problem)
     try:
-        data = base64.b64decode(text.removeprefix(TOKEN_PREFIX) + "==", b"-_", validate=True)
+        data = base64.b64decode(text[len(TOKEN_PREFIX) :] + "==", b"-_", validate=True)
     except binascii.Error:
         raise FederationError(problem) from None
     token = Token(data[:SECRET_BYTES], data[SECRET_BYTES:-4].hex())

@@ -3,6 +3,8 @@
 One process, one stream. `serve` returns when the server ends the run.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import logging
@@ -79,7 +81,7 @@ def serve(
     max_wait_seconds: float | None = None,
     stay: bool = False,
     identity: Identity | None = None,
-    reporter: "Reporter | None" = None,
+    reporter: Reporter | None = None,
 ) -> None:
     """Do what the server asks of `client` until the run is over.
 
@@ -123,7 +125,7 @@ def enrol(server_address: str, identity: Identity, max_wait_seconds: float | Non
 
 def _keep_trying(
     server_address: str,
-    attempt: Callable[[float], "_Outcome"],
+    attempt: Callable[[float], _Outcome],
     on_state: Callable[[str], None],
     max_wait_seconds: float | None,
     stay: bool,
@@ -390,7 +392,7 @@ def _join(
     keepalive_seconds: float,
     identity: Identity | None,
     reporter: Reporter,
-) -> Iterator[tuple[Iterator[bytes], "queue.SimpleQueue[bytes]"]]:
+) -> Iterator[tuple[Iterator[bytes], queue.SimpleQueue[bytes]]]:
     """Open the stream; yield the server's messages and a queue for the answers."""
     options = [
         *NO_PROXY,
@@ -425,7 +427,7 @@ def _plain_words(error: grpc.RpcError) -> str:
     if "cancelling all calls" in details.lower():
         return "the server stopped"
     if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
-        return f"its reply is too large: {details.removeprefix('SERVER: ')}"
+        return f"its reply is too large: {details.replace('SERVER: ', '', 1)}"
     if error.code() == grpc.StatusCode.ABORTED:  # our server's own words
         return details
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -8,15 +8,16 @@ are read straight out of the bytes received. Either end may be a stock Flower on
 Bytes from a device are hostile. Whatever reads or checks them stands under `untrusted()`.
 """
 
+from __future__ import annotations
+
 import io
-import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, TypeVar
+from typing import Any, Dict, List, Sequence, TypeVar, Union
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -32,7 +33,7 @@ from plumbing.stream.stream_pb2 import (
 )
 
 Weights = Sequence[np.ndarray]
-Scalars = dict[str, Any]  # Flower's config, properties and metrics: bool, bytes, float, int, str
+Scalars = Dict[str, Any]  # Flower's config, properties and metrics: bool, bytes, float, int, str
 
 TENSOR_TYPE = "numpy.ndarray"
 
@@ -141,7 +142,7 @@ def unpack_array(data: bytes | bytearray | memoryview) -> np.ndarray:
     return array.reshape(shape, order=order)
 
 
-def _npy_parts(array: np.ndarray) -> "Parts":
+def _npy_parts(array: np.ndarray) -> Parts:
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return [_npy_header(array.dtype, array.shape), flat.data]
 
@@ -219,7 +220,7 @@ def _pieces(sizes: Iterable[int]) -> list[slice]:
             bounds.append(count - 1)
             total = 0
         total += size
-    return [slice(*pair) for pair in itertools.pairwise([*bounds, count])]
+    return [slice(*pair) for pair in zip(bounds, [*bounds[1:], count])]
 
 
 @dataclass(frozen=True)
@@ -301,10 +302,10 @@ def decode_request(data: bytes) -> Request:
             if kind == "reconnect_ins":
                 return Request("reconnect", {}, reconnect_seconds=instruction.seconds)
             if kind in ("get_properties_ins", "get_parameters_ins"):
-                return Request(kind.removesuffix("_ins"), _scalars(instruction.config))
+                return Request(kind[: -len("_ins")], _scalars(instruction.config))
             if kind in ("fit_ins", "evaluate_ins"):
                 weights = [unpack_array(tensor) for tensor in tensors]
-                return Request(kind.removesuffix("_ins"), _scalars(instruction.config), weights)
+                return Request(kind[: -len("_ins")], _scalars(instruction.config), weights)
     except BadReply as error:
         raise FederationError(f"the server sent what cannot be read: {error}") from error
     raise FederationError(f"the server asks for '{kind}', which this client does not know")
@@ -336,7 +337,7 @@ def encode_parameters_reply(weights: Weights, skip: int = 0, take: int | None = 
     return _with_tensors(ClientMessage, "get_parameters_res", reply, tensors)
 
 
-def _range_of(parts: "Parts", skip: int, take: int) -> "Parts":
+def _range_of(parts: Parts, skip: int, take: int) -> Parts:
     """Return a range of the bytes that `parts` are when joined."""
     found: Parts = []
     for part in parts:
@@ -471,7 +472,7 @@ def _open_reply(data: bytes, expected: str) -> tuple[Any, list[memoryview]]:
 # A protobuf message is its fields, one after the other in any order. A field that holds
 # bytes or another message is its number, its length, its content.
 
-Parts = list[bytes | memoryview]  # to be joined
+Parts = List[Union[bytes, memoryview]]  # to be joined
 M = TypeVar("M", ServerMessage, ClientMessage)
 
 VARINT, BYTES = 0, 2  # wire types, the last three bits of the number
@@ -560,7 +561,7 @@ def _varint(value: int) -> bytes:
 def _read_varint(data: memoryview, position: int) -> tuple[int, int]:
     """Return the integer at `position` and where it ends."""
     value = 0
-    for shift, byte in zip(range(0, 70, 7), data[position : position + 10], strict=False):
+    for shift, byte in zip(range(0, 70, 7), data[position : position + 10]):
         value |= (byte & 0x7F) << shift
         if byte <= 0x7F:
             return value, position + shift // 7 + 1
@@ -576,17 +577,16 @@ def _fill_scalars(field: Any, values: Mapping[str, Any]) -> None:
 
 
 def _scalar(value: Any) -> Scalar:
-    match value:
-        case bool():  # before int, which a bool is, too
-            return Scalar(bool=value)
-        case int():
-            return Scalar(sint64=value) if value < 2**63 else Scalar(uint64=value)
-        case float():
-            return Scalar(double=value)
-        case str():
-            return Scalar(string=value)
-        case bytes():
-            return Scalar(bytes=value)
+    if isinstance(value, bool):  # before int, which a bool is, too
+        return Scalar(bool=value)
+    if isinstance(value, int):
+        return Scalar(sint64=value) if value < 2**63 else Scalar(uint64=value)
+    if isinstance(value, float):
+        return Scalar(double=value)
+    if isinstance(value, str):
+        return Scalar(string=value)
+    if isinstance(value, bytes):
+        return Scalar(bytes=value)
     raise ValueError(f"{value!r} is of type {type(value).__name__}, which no message can hold")
 
 

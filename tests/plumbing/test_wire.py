@@ -94,6 +94,12 @@ def test_all_of_flowers_messages_and_enums_are_described():
         assert values(enum) == values(theirs.enum_types_by_name[name])
 
 
+def without_versions(code):
+    """Return generated code without what depends on the generator's version."""
+    code = re.sub(r"(?ms)^_runtime_version\..*?^\)\n", "", code)
+    return re.sub(r"(?m)^(from .*(runtime_version|[Ii]terable).*|# (Proto|NO CH).*)\n", "", code)
+
+
 def test_generated_code_is_what_the_command_in_the_proto_makes(tmp_path):
     text = (ROOT / "plumbing/stream/stream.proto").read_text()
     command = re.search(r"python (-m grpc_tools\.protoc .*)", text)[1]
@@ -102,7 +108,8 @@ def test_generated_code_is_what_the_command_in_the_proto_makes(tmp_path):
     made = sorted((tmp_path / "plumbing/stream").iterdir())
     assert [file.name for file in made] == ["stream_pb2.py", "stream_pb2.pyi"]
     for file in made:
-        assert (ROOT / "plumbing/stream" / file.name).read_text() == file.read_text()
+        committed = (ROOT / "plumbing/stream" / file.name).read_text()
+        assert without_versions(committed) == without_versions(file.read_text())
 
 
 # --- Arrays ---
