@@ -18,10 +18,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, SupportsFloat
+from typing import Any, Callable, Protocol, SupportsFloat
 
 import numpy as np
 
