@@ -18,7 +18,7 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -93,9 +93,12 @@ class RunningMean:
                 np.rint(scaled, out=scaled)
                 sums[start : start + self.CHUNK] += scaled
 
-    def mean(self, name: str) -> np.ndarray:
-        """Return the mean of the arrays of that name, in float64."""
-        return self.sums[name] / (self.num_examples * self.GRID)
+    def means(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield each name with its mean in float64; the sums are used up by it."""
+        for name in list(self.sums):
+            sums = self.sums.pop(name)
+            sums /= self.num_examples * self.GRID
+            yield name, sums
 
 
 class Strategy:
@@ -275,7 +278,7 @@ class Training:
         """
         flower = self.strategy.flower
         if self.strategy.needs_only_mean:
-            moved = self._moved((n, self.deltas.mean(n)) for n in self.deltas.sums)
+            moved = self._moved(self.deltas.means())
             if type(flower).aggregate_train is FedAvg.aggregate_train:
                 return self._counters(moved)
         try:
@@ -308,8 +311,8 @@ class Training:
         if not self.counters.num_examples:
             return self.weights | moved
         rounded = {
-            name: np.rint(self.counters.mean(name)).astype(self.weights[name].dtype)
-            for name in self.counters.sums
+            name: np.rint(mean).astype(self.weights[name].dtype)
+            for name, mean in self.counters.means()
         }
         return self.weights | moved | rounded  # in the order of the weights
 

@@ -25,7 +25,7 @@ def mean_of(updates):
     mean = RunningMean(named(updates[0][0]))
     for arrays, num_examples in updates:
         mean.add(named(arrays), num_examples)
-    return [mean.mean(name) for name in mean.sums]
+    return [array for _, array in mean.means()]
 
 
 def by_hand(updates):
