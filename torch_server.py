@@ -13,7 +13,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +101,13 @@ class Task:
         }
 
 
-@dataclass
-class Start:
-    """Where a run begins: the weights, and what a resumed run remembers."""
-
-    weights: Weights
-    finished_round: int | None = None  # None for a new run
-
-
 def open_start(
     settings: RunSettings, args: argparse.Namespace, task: Task, strategy: Strategy, bounds: Bounds
-) -> Start:
-    """Return the first weights: random, from a file, or of the run that is resumed."""
+) -> tuple[Weights, int | None]:
+    """Return the first weights, and the last finished round; None for a new run.
+
+    The weights are random, from a file, or of the run that is resumed.
+    """
     weights = utils.get_weights(task.net)
     if args.resume is not None:
         finished_round, weights, state, memory = load_checkpoint(
@@ -122,17 +117,17 @@ def open_start(
             memory = {"strategy": state_of_version_1(state, list(weights))}
         strategy.load_state(state, memory.get("strategy", {}))
         bounds.restore(memory.get("bounds", {}))
-        return Start(weights, finished_round)
+        return weights, finished_round
     if args.init_weights:
         path = Path(args.init_weights).expanduser()
-        return Start(load_weights(path, weights, settings.model))
-    return Start(weights)
+        return load_weights(path, weights, settings.model), None
+    return weights, None
 
 
 # --- The story ------------------------------------------------------------------------
 
 
-def make_plan(settings: RunSettings, run_id: str, start: Start, task: Task) -> Plan:
+def make_plan(settings: RunSettings, run_id: str, finished_round: int | None, task: Task) -> Plan:
     """Return what a round needs to know of the settings."""
 
     def job_id(server_round: int) -> str:
@@ -145,7 +140,7 @@ def make_plan(settings: RunSettings, run_id: str, start: Start, task: Task) -> P
         config=lambda server_round: settings.for_round(server_round).to_config(),
         evaluate=task.evaluate,
         job_id=job_id,
-        first_round=(start.finished_round or 0) + 1,
+        first_round=(finished_round or 0) + 1,
         min_num_clients=settings.min_num_clients,
         min_sample_size=settings.sample_size,
         min_replies=settings.min_replies,
@@ -156,7 +151,11 @@ def make_plan(settings: RunSettings, run_id: str, start: Start, task: Task) -> P
 
 
 def open_run(
-    settings: RunSettings, args: argparse.Namespace, task: Task, start: Start, run_id: str
+    settings: RunSettings,
+    args: argparse.Namespace,
+    task: Task,
+    finished_round: int | None,
+    run_id: str,
 ) -> RunDirectory:
     """Return the directory of this run, with its settings written."""
     default = ROOT / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.model}"
@@ -173,7 +172,7 @@ def open_run(
         **provenance(ROOT),
     }
     path = Path(args.run_dir).expanduser() if args.run_dir else default
-    return RunDirectory(path, config, start.finished_round, take_free_name=not args.run_dir)
+    return RunDirectory(path, config, finished_round, take_free_name=not args.run_dir)
 
 
 def run(
@@ -197,13 +196,13 @@ def run(
     )
     task = Task(settings, args.data_dir)
     bounds = Bounds(settings.max_update_norm, settings.max_weight_ratio)
-    start = open_start(settings, args, task, strategy, bounds)
-    model_bytes = sum(array.nbytes for array in start.weights.values())
+    weights, finished_round = open_start(settings, args, task, strategy, bounds)
+    model_bytes = sum(array.nbytes for array in weights.values())
     if not strategy.needs_only_mean:
         size = UPDATE_COPIES * model_bytes / 1e6
         print(f"{settings.strategy} needs all updates at once: about {size:,.1f} MB a device")
     run_id = args.run_id or secrets.token_hex(8)
-    directory = open_run(settings, args, task, start, run_id)
+    directory = open_run(settings, args, task, finished_round, run_id)
     fleet, run_is_over = None, False
     try:
         fleet = open_fleet(task, model_bytes)
@@ -216,13 +215,18 @@ def run(
             for observer in observers:
                 observer(event)
 
-        evaluation, weights = None, start.weights
-        if start.finished_round is None:
+        evaluation = None
+        if finished_round is None:
             directory.save(0, weights)
         else:
-            print(f"resuming {directory} after round {start.finished_round}")
+            print(f"resuming {directory} after round {finished_round}")
         for step in synchronous(
-            fleet, strategy, weights, make_plan(settings, run_id, start, task), bounds, observe
+            fleet,
+            strategy,
+            weights,
+            make_plan(settings, run_id, finished_round, task),
+            bounds,
+            observe,
         ):
             weights, evaluation = step.weights, step.evaluation
             observe(step)
