@@ -64,6 +64,7 @@ def answer(message: Message, context: Context, ask: Callable[[Client], RecordDic
             config["model"],
             config["data_dir"],
             choose_device(config["device"]),
+            download=bool(config.get("download")),
             load_data=partial(load_decoded, flower_home() / "decoded"),
         )
         content = ask(Client(cid, trainer))

@@ -3,6 +3,7 @@
 #
 #   ./run_pi.sh --server_address=192.168.1.10:8080 --cid=0 --model=Net
 #   ./run_pi.sh --detach …      in the background, and again after a reboot or a crash
+#   ./run_pi.sh --superlink=…   a SuperNode of Flower's engine instead (docs/engine.md)
 #   ./run_pi.sh --help
 #
 # Any other 64-bit Arm board with Linux and Docker will do, and for trials a PC: there with
@@ -23,6 +24,12 @@ parse_arguments
 check_arguments
 [[ $device != cuda ]] ||
   die "--device cuda: this image trains on the CPU; on a Jetson use ./run_jetson.sh"
+if [[ -n $superlink ]]; then
+  # shellcheck source=plumbing/supernode.sh
+  source "$root/plumbing/supernode.sh"
+  kind=engine
+  supernode_arguments
+fi
 
 # PyTorch has no packages for 32-bit Arm.
 machine=$(uname -m)
@@ -35,10 +42,12 @@ esac
   die "a 64-bit kernel with a 32-bit system ($(getconf LONG_BIT)-bit programs), PyTorch needs 64; flash Raspberry Pi OS (64-bit)"
 
 check_docker
+[[ -z $superlink ]] || check_supernode_memory
 # A Pi 3 shows about 900 MB, a Zero 2 W about 420. The system takes 200, a client of the
 # smallest model up to 420.
 check_memory 700
 check_server
 read_secret
 make_images
+[[ -z $superlink ]] || run_supernode
 run_client

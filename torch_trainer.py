@@ -183,19 +183,24 @@ def load_decoded(
     """
     if str(data_dir).startswith("synthetic"):
         return utils.load_data(data_dir, split, image_size)
-    # A folder's time changes when an image comes, goes or is replaced; to look at each of 50,000
-    # images takes a second, for each message.
-    folders = [
-        *Path(data_dir).glob(f"{split}/*"),
-        *Path(data_dir).glob(f"{utils.CIFAR10_FOLDER}/*"),
-    ]
-    stats = [(str(path), path.stat().st_mtime_ns) for path in sorted(folders)]
-    key = hashlib.sha256(repr((split, image_size, stats)).encode()).hexdigest()[:16]
-    pixels, rest = cache / f"{key}.npy", cache / f"{key}.json"
+
+    def files() -> tuple[Path, Path]:
+        # A folder's time changes when an image comes, goes or is replaced; to look at each of
+        # 50,000 images takes a second, for each message.
+        folders = [
+            *Path(data_dir).glob(f"{split}/*"),
+            *Path(data_dir).glob(f"{utils.CIFAR10_FOLDER}/*"),
+        ]
+        stats = [(str(path), path.stat().st_mtime_ns) for path in sorted(folders)]
+        key = hashlib.sha256(repr((split, image_size, stats)).encode()).hexdigest()[:16]
+        return cache / f"{key}.npy", cache / f"{key}.json"
+
+    pixels, rest = files()
     if not rest.exists():
         data = utils.load_data(data_dir, split, image_size, download=download)
+        pixels, rest = files()  # they may have been downloaded
         cache.mkdir(parents=True, exist_ok=True)
-        part = cache / f"{key}.{os.getpid()}.npy"
+        part = pixels.with_suffix(f".{os.getpid()}.npy")
         np.save(part, data.images.permute(0, 2, 3, 1).contiguous().numpy())
         part.replace(pixels)
         noted = (data.labels.tolist(), data.classes, data.source, data.everywhere)

@@ -3,7 +3,7 @@
 # this, sets the variables below, calls the functions in their order, and ends in run_client.
 
 launcher=''     # the script's name, for messages
-kind=''         # of the image: cpu or gpu
+kind=''         # of the image: cpu, gpu or engine
 device_help=''  # the line on --device
 nvidia_image='' # what the gpu image is built on
 image_mb=0      # free disk space that building the images takes
@@ -52,6 +52,14 @@ Environment:
   DOCKER_BUILD_OPTIONS       further words for docker build
   DOCKER_RUN_OPTIONS         further words for docker run
 END
+  [[ $kind != cpu ]] || cat <<END
+
+A SuperNode of Flower's engine in place of client.py (docs/engine.md), with --cid, --data_dir,
+--device and --threads as above, and flags of flower-supernode:
+
+  ./$launcher --superlink=192.168.1.10:8000 --cid=0 --root-certificates=ca.crt \\
+      --auth-supernode-private-key=key
+END
 }
 
 example() {
@@ -71,7 +79,7 @@ warn() {
 parse_arguments() {
   local - && set +x
   set -- "${original[@]}"
-  server_address='' cid='' model=Net data_dir='' device=auto detach='' arguments=()
+  server_address='' superlink='' cid='' model=Net data_dir='' device=auto detach='' arguments=()
   joins='' join='' join_only='' insecure='' ready=''
   local name value words
   while (($#)); do
@@ -84,6 +92,11 @@ parse_arguments() {
     esac
     case ${name//-/_} in
       __server_address) server_address=$value ;;
+      __superlink)
+        [[ -n $value ]] || die "--superlink lacks HOST:PORT, where flower-superlink listens"
+        superlink=$value
+        shift "$words" && continue
+        ;;
       __cid) cid=$value ;;
       __model) model=$value ;;
       __device)
@@ -120,6 +133,12 @@ parse_arguments() {
 }
 
 check_arguments() {
+  if [[ -n $superlink ]]; then
+    [[ $kind == cpu ]] || die "--superlink: a SuperNode trains on the CPU; use ./run_pi.sh"
+    [[ -z $server_address ]] ||
+      die "--server_address is for server.py, --superlink for Flower's engine; give one of them"
+    server_address=$superlink
+  fi
   [[ -n $server_address ]] || die "--server_address is missing; for example: $(example)"
   [[ -n $cid ]] ||
     die "--cid is missing, this device's own number or name; for example: $(example)"
@@ -192,11 +211,13 @@ meminfo() {
 
 # The server may be started later: only a warning.
 check_server() {
+  local program=${superlink:+flower-superlink}
+  program=${program:-server.py}
   # shellcheck disable=SC2016 # the inner bash puts in host and port
   if [[ $host =~ ^(localhost|127\..*|::1)$ && " ${run_options[*]} " != *[\ =]host\ * ]]; then
     warn "$host is the container itself; take the address that server.py prints"
   elif ! timeout 3 bash -c '</dev/tcp/"$0"/"$1"' "$host" "$port" 2>/dev/null; then
-    warn "no answer from $server_address yet; the client will wait (is server.py running there, is the port open in its firewall?)"
+    warn "no answer from $server_address yet; the client will wait (is $program running there, is the port open in its firewall?)"
   fi
 }
 
@@ -226,7 +247,7 @@ read_secret() {
 # The base image is pulled, or built where its files have changed since; the client's is built
 # each time, from Docker's cache where nothing changed.
 make_images() {
-  local base=flower-embedded-base:$kind files checksum built missing problem
+  local base=flower-embedded-base:$kind problem
   if [[ -n $ready ]]; then
     image=$ready
     docker image inspect "$image" >/dev/null 2>&1 && return
@@ -236,31 +257,44 @@ make_images() {
     return
   fi
   image=flower-embedded:$kind
-  files=$(cd "$root/base_images" && find . "./$kind" -maxdepth 1 -type f ! -name '*.md' -exec sha256sum {} + | LC_ALL=C sort)
-  checksum=$(sha256sum <<<"${nvidia_image:+$nvidia_image }$files") checksum=${checksum:0:16}
-  if [[ -n ${BASE_IMAGE-} ]]; then
-    base=$BASE_IMAGE
-    if docker image inspect "$base" >/dev/null 2>&1; then missing=''; else missing=yes; fi
-  else
-    built=$(docker image inspect --format '{{index .Config.Labels "flower-embedded.base"}}' "$base" 2>/dev/null) || built=''
-    if [[ $built == "$checksum" ]]; then missing=''; else missing=yes; fi
-  fi
-  [[ -z $missing ]] || check_disk
-  if [[ -n $missing && -n ${BASE_IMAGE-} ]]; then
+  if [[ -z ${BASE_IMAGE-} ]]; then
+    build_bases
+  elif base=$BASE_IMAGE && ! docker image inspect "$base" >/dev/null 2>&1; then
+    check_disk
     echo "pulling $base, once"
     docker pull "$base" || die "cannot pull BASE_IMAGE '$base'; check its name and the network"
-  elif [[ -n $missing ]]; then
-    echo "building $base${nvidia_image:+ on $nvidia_image}, once: $build_time"
-    docker build --tag "$base" --label "flower-embedded.base=$checksum" \
-      ${nvidia_image:+--build-arg "BASE=$nvidia_image"} \
-      --file "$root/base_images/$kind/Dockerfile" "${build_options[@]}" "$root/base_images" ||
-      die "building $base failed, its last lines give the reason; start again when that is fixed"
   fi
   if ! problem=$(docker build --quiet --tag "$image" --build-arg "BASE_IMAGE_TYPE=$kind" \
     --build-arg "BASE_IMAGE=$base" "${build_options[@]}" "$root" 2>&1); then
     echo "$problem" >&2
     die "building $image failed, the lines above give the reason"
   fi
+}
+
+# The engine's base is built on the client's.
+build_bases() {
+  local checksum=''
+  if [[ $kind == engine ]]; then
+    build_base cpu ''
+    build_base engine flower-embedded-base:cpu
+  else
+    build_base "$kind" "$nvidia_image"
+  fi
+}
+
+# build_base KIND IMAGE: build it on IMAGE, unless that was done from the same files.
+build_base() {
+  local base=flower-embedded-base:$1 from=$2 files built
+  files=$(cd "$root/base_images" && find . "./$1" -maxdepth 1 -type f ! -name '*.md' -exec sha256sum {} + | LC_ALL=C sort)
+  checksum=$(sha256sum <<<"${checksum:+$checksum }${from:+$from }$files") checksum=${checksum:0:16}
+  built=$(docker image inspect --format '{{index .Config.Labels "flower-embedded.base"}}' "$base" 2>/dev/null) || built=''
+  [[ $built != "$checksum" ]] || return 0
+  check_disk
+  echo "building $base${from:+ on $from}, once: $build_time"
+  docker build --tag "$base" --label "flower-embedded.base=$checksum" \
+    ${from:+--build-arg "BASE=$from"} \
+    --file "$root/base_images/$1/Dockerfile" "${build_options[@]}" "$root/base_images" ||
+    die "building $base failed, its last lines give the reason; start again when that is fixed"
 }
 
 check_disk() {
@@ -295,7 +329,8 @@ set_options() {
   if [[ -r $board_root/proc/device-tree/model ]]; then # hidden inside a container
     options+=(--env "DEVICE_MODEL=$(tr -d '\0' <"$board_root/proc/device-tree/model")")
   fi
-  options+=(--mount "$(mount_option "$keys" /keys)")
+  # What a SuperLink sends runs beside the SuperNode, and shall not find the key of the stream.
+  [[ -n $superlink ]] || options+=(--mount "$(mount_option "$keys" /keys)")
   if [[ $host == *.local ]]; then # multicast DNS works out here, not in a container
     if found=$(getent ahostsv4 "$host"); then
       options+=(--add-host "$host:${found%% *}")
@@ -315,21 +350,32 @@ join_server() {
 }
 
 run_client() {
-  local container=flower-client-$cid quoted state
   set_options
   [[ -z $joins ]] || join_server || exit
   [[ -z $join_only ]] || exit 0
   if [[ -n $data_dir && $data_dir != synthetic* ]]; then
-    quoted=${data_dir//\"/\"\"}
-    options+=(--mount "type=bind,\"source=$quoted\",\"target=$quoted\",readonly")
+    mount_read_only "$data_dir" "$data_dir"
   else
-    if [[ ${DATA_VOLUME-} == */* ]]; then
-      mkdir -p -- "$DATA_VOLUME"
-      [[ $(stat -c %u -- "$DATA_VOLUME") == 1000 ]] ||
-        warn "the client is user 1000 in its container and may not write to '$DATA_VOLUME'; sudo chown 1000 '$DATA_VOLUME'"
-    fi
-    options+=(--mount "$(mount_option "${DATA_VOLUME:-flower-data}" /data)")
+    mount_data_volume
   fi
+  run_container
+}
+
+mount_read_only() {
+  options+=(--mount "type=bind,\"source=${1//\"/\"\"}\",\"target=${2//\"/\"\"}\",readonly")
+}
+
+mount_data_volume() {
+  if [[ ${DATA_VOLUME-} == */* ]]; then
+    mkdir -p -- "$DATA_VOLUME"
+    [[ $(stat -c %u -- "$DATA_VOLUME") == 1000 ]] ||
+      warn "the client is user 1000 in its container and may not write to '$DATA_VOLUME'; sudo chown 1000 '$DATA_VOLUME'"
+  fi
+  options+=(--mount "$(mount_option "${DATA_VOLUME:-flower-data}" /data)")
+}
+
+run_container() {
+  local container=flower-client-$cid state
   if state=$(docker container inspect --format '{{.State.Status}}' "$container" 2>/dev/null); then
     echo "replacing the container $container ($state)"
     docker rm --force --volumes "$container" >/dev/null

@@ -23,19 +23,25 @@ def pins(path):
 
 CPU = pins(BASES / "cpu" / "requirements.txt")
 COMMON = pins(BASES / "requirements.txt")
+ENGINE = pins(BASES / "engine" / "requirements.txt")
 
 
 def test_versions_are_those_of_the_server():
     server = pins(ROOT / "requirements.txt")
-    for package, version in {**CPU, **COMMON}.items():
+    for package, version in {**CPU, **COMMON, **ENGINE}.items():
         assert server.get(package, version) == version, package
     # The others are what pip chose for the server, of which the tests have run.
     assert {"torch", "torchvision", "numpy", "pillow"} <= CPU.keys() & server.keys()
     assert {"grpcio", "protobuf", "cryptography"} <= COMMON.keys() & server.keys()
+    assert {"flwr", "psutil", "safetensors"} <= ENGINE.keys() & server.keys()
 
 
 def test_flower_stays_on_the_server():
     assert not {"flwr", "httpx", "typer"} & {*CPU, *COMMON}
+
+
+def test_engines_image_installs_what_the_clients_lacks():
+    assert not ENGINE.keys() & {*CPU, *COMMON}
 
 
 def test_gpu_image_leaves_torch_alone():
@@ -43,10 +49,8 @@ def test_gpu_image_leaves_torch_alone():
     assert not COMMON.keys() & CPU.keys()
 
 
-@pytest.fixture
-def only_pinned(tmp_path):
-    """A folder from which Python can import what the CPU image has, and nothing else."""
-    packages = [*CPU, *COMMON]
+def linked(tmp_path, packages):
+    """Return a folder from which Python can import these packages and nothing else."""
     for distribution in importlib.metadata.distributions():  # x86-64's torch comes with CUDA
         if distribution.name.startswith(("nvidia-", "nvidia_")):
             packages.append(distribution.name)
@@ -56,6 +60,12 @@ def only_pinned(tmp_path):
             if file.parts[0] != ".." and not link.exists():
                 link.symlink_to(importlib.metadata.distribution(name).locate_file(file.parts[0]))
     return tmp_path
+
+
+@pytest.fixture
+def only_pinned(tmp_path):
+    """What the CPU image has."""
+    return linked(tmp_path, [*CPU, *COMMON])
 
 
 TRAIN = """
@@ -106,3 +116,10 @@ def test_package_that_is_not_there_fails_the_check(only_pinned):
     done = run(only_pinned, (BASES / "check.py").read_text())
     assert done.returncode == 1
     assert "No module named 'grpc'" in done.stderr
+
+
+def test_check_of_the_engines_image_passes_with_what_is_pinned(tmp_path):
+    site = linked(tmp_path, [*CPU, *COMMON, *ENGINE])
+    done = run(site, (BASES / "engine" / "check.py").read_text() + "import flower_app\n")
+    assert done.returncode == 0, done.stderr
+    assert f"flwr {ENGINE['flwr']}, psutil {ENGINE['psutil']}" in done.stdout
