@@ -62,6 +62,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[RunSettings, argparse.Namesp
         metavar="DIR",
     )
     parser.flag("init_weights", "start from this .safetensors file", metavar="FILE")
+    parser.switch("new_head", "what --init_weights does not have, or of another size, is made anew")
     parser.flag("run_dir", "where to leave results (default: runs/<time>-<model>/)", metavar="DIR")
     parser.flag(
         "resume",

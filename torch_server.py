@@ -22,14 +22,17 @@ import numpy as np
 import torch
 
 import utils
+from federated.errors import FederationError
 from federated.rounds import Fleet, Observed, Observer, Plan, Step, synchronous
 from federated.settings import RunSettings
 from federated.strategies import Strategy, make_strategy, state_of_version_1
 from federated.updates import Bounds, Weights, fingerprint
 from plumbing import cli
-from plumbing.checkpoints import load_checkpoint, load_weights
+from plumbing.checkpoints import load_checkpoint, load_fitting
+from plumbing.publish import PUBLISHED, Publication
 from plumbing.report import Console, draw_report, print_classes, shortened, step_record
 from plumbing.runs import RunDirectory, provenance
+from torch_heads import FROZEN, HeadTest, Publisher, has_head, make_card
 
 ROOT = Path(__file__).resolve().parent
 UPDATE_COPIES = 5  # at most, of a device's update in memory while Flower's strategies aggregate
@@ -44,16 +47,46 @@ class Task:
     def __init__(self, settings: RunSettings, data_dir: str | None) -> None:
         self.model = settings.model
         self.data_dir = data_dir or ROOT / "data"
-        size = utils.image_size(settings.model)
-        self.testset = utils.load_data(self.data_dir, "test", size, download=data_dir is None)
+        self.testset: utils.ImageSet | HeadTest
         self.validation_set: utils.ImageSet | None = None
-        if held_out := round(len(self.testset) * settings.validation):
-            order = np.random.default_rng(settings.seed).permutation(len(self.testset))
-            self.validation_set = self.testset.subset(np.sort(order[:held_out]))
-            self.testset = self.testset.subset(np.sort(order[held_out:]))
+        self.torch_device = "cuda" if torch.cuda.is_available() else "cpu"
+        if has_head(utils.build_model(settings.model)):
+            self._test_head(settings)
+            return
+        size = utils.image_size(settings.model)
+        images = utils.load_data(self.data_dir, "test", size, download=data_dir is None)
+        if held_out := round(len(images) * settings.validation):
+            order = np.random.default_rng(settings.seed).permutation(len(images))
+            self.validation_set = images.subset(np.sort(order[:held_out]))
+            images = images.subset(np.sort(order[held_out:]))
+        self.testset = images
+        self._build(settings)
+
+    def _test_head(self, settings: RunSettings) -> None:
+        if settings.validation:
+            raise FederationError("--validation is not for a model with a frozen backbone")
+        self.testset = HeadTest(self.data_dir)
+        self._build(settings)
+
+    def load(self, path: Path, new_head: bool = False) -> None:
+        """Start from a file; of the model's arrays only those that it has may be missing there.
+
+        Args:
+            new_head: take what fits, and leave the rest at its random start.
+        """
+        state = {name: value.cpu().numpy() for name, value in self.net.state_dict().items()}
+        own = utils.get_weights(self.net)
+        like = {n: a for n, a in state.items() if path.name != FROZEN or n not in own}
+        fits, left_out = load_fitting(path, like, self.model, new_head)
+        self.net.load_state_dict({n: torch.tensor(a) for n, a in fits.items()}, strict=False)
+        if left_out:
+            print(f"of {path} these do not fit and are left out: {', '.join(left_out)}")
+        if anew := [name for name in like if name not in fits]:
+            print(f"these start at random: {', '.join(anew)}")
+
+    def _build(self, settings: RunSettings) -> None:
         self.net = utils.build_model(settings.model, len(self.testset.classes), settings.seed)
         self.form = fingerprint(utils.get_weights(self.net))
-        self.torch_device = "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
     def images(self) -> str:
@@ -82,7 +115,10 @@ class Task:
     def evaluate(self, weights: Weights) -> dict[str, Any]:
         """Return loss and accuracy on the test images, overall and by class."""
         utils.set_weights(self.net, weights)
-        result = utils.test(self.net, self.testset, self.torch_device)
+        if isinstance(self.testset, HeadTest):
+            result = self.testset.evaluate(self.net, self.torch_device)
+        else:
+            result = utils.test(self.net, self.testset, self.torch_device)
         classes = self.testset.classes
         validation = {}
         if self.validation_set:
@@ -109,6 +145,9 @@ def open_start(
     The weights are random, from a file, or of the run that is resumed.
     """
     weights = utils.get_weights(task.net)
+    run_frozen = Path(args.run_dir or "", PUBLISHED, FROZEN)
+    if args.resume is not None and run_frozen.exists():
+        task.load(run_frozen)
     if args.resume is not None:
         finished_round, weights, state, memory = load_checkpoint(
             Path(args.run_dir), weights, settings.model
@@ -119,8 +158,8 @@ def open_start(
         bounds.restore(memory.get("bounds", {}))
         return weights, finished_round
     if args.init_weights:
-        path = Path(args.init_weights).expanduser()
-        return load_weights(path, weights, settings.model), None
+        task.load(Path(args.init_weights).expanduser(), args.new_head)
+        return utils.get_weights(task.net), None
     return weights, None
 
 
@@ -206,6 +245,7 @@ def run(
     fleet, run_is_over = None, False
     try:
         fleet = open_fleet(task, model_bytes)
+        publisher = open_publisher(task, settings, directory, fleet)
         console = Console(
             fleet.address, settings.rounds, task.testset.source, directory.config["utils_sha256"]
         )
@@ -220,6 +260,8 @@ def run(
             directory.save(0, weights)
         else:
             print(f"resuming {directory} after round {finished_round}")
+        if publisher:
+            publisher.publish(weights)
         for step in synchronous(
             fleet,
             strategy,
@@ -231,6 +273,8 @@ def run(
             weights, evaluation = step.weights, step.evaluation
             observe(step)
             save_round(directory, settings, strategy, bounds, step)
+            if publisher:
+                publisher.publish(weights, evaluation["accuracy"])
         if evaluation is None:
             evaluation = task.evaluate(weights)
             print(f"all rounds are done; for more of them: --rounds {settings.rounds + 3}")
@@ -245,6 +289,18 @@ def run(
         if fleet:
             fleet.close(run_is_over)
     print_results(settings, task, directory, weights, evaluation)
+
+
+def open_publisher(
+    task: Task, settings: RunSettings, directory: RunDirectory, fleet: Fleet
+) -> Publisher | None:
+    """Return what hands out each new model, for a model of which only the head learns."""
+    if not isinstance(task.testset, HeadTest):
+        return None
+    publication = Publication(directory.path / PUBLISHED, fleet.sign)
+    fleet.publication = publication
+    card = make_card(settings, task.net, task.testset.classes)
+    return Publisher(card, task.net, publication)
 
 
 def save_round(
@@ -286,7 +342,8 @@ def print_results(
     """Print and save how good the model is."""
     print_classes(evaluation)
     print(f"\ntest accuracy {100 * evaluation['accuracy']:.1f} % on {task.images}")
-    directory.finish(weights)
+    utils.set_weights(task.net, weights)
+    directory.finish({n: v.cpu().numpy() for n, v in task.net.state_dict().items()})
     title = f"{settings.model}, {settings.strategy}, tested on {task.images}"
     draw_report(directory.path / "report.png", title, directory.rounds())
     print(f"model in {directory}/model.safetensors, curves in {directory}/report.png")

@@ -68,7 +68,6 @@ class TorchTrainer:
             FederationError: it cannot train with these settings.
         """
         self._cut_data(settings)
-        utils.TrainLoader(self.data, settings.batch_size)
         self._check_memory(settings.batch_size)
         kind = self.data.source if self.data.everywhere else "images"
         if len(self.data) == self.all_images:
@@ -90,6 +89,7 @@ class TorchTrainer:
         # Another order of images in each round and on each device, the same in a rerun.
         seed = zlib.crc32(f"{settings.seed} {self.cid} {settings.server_round}".encode())
         trainloader = utils.TrainLoader(self.data, settings.batch_size, seed, self.device)
+        trainloader.net = self.net
         utils.set_weights(self.net, weights)
         torch.manual_seed(seed)  # for models with dropout
         show = ProgressBar()

@@ -194,6 +194,8 @@ class Fleet(ABC):
     """
 
     address = ""  # where devices reach it
+    publication: Any = None  # the newest model, where devices can fetch it
+    sign: Callable[[bytes], bytes] | None = None  # by the owner's authority, where there is one
 
     def __init__(self) -> None:
         self.devices: dict[str, Device] = {}

@@ -98,6 +98,30 @@ def load_weights(path: Path, like: Mapping[str, np.ndarray], model: str) -> dict
     return _check_weights(path, arrays, like, model)
 
 
+def load_fitting(
+    path: Path, like: Mapping[str, np.ndarray], model: str, new_rest: bool = False
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Read what fits a model by name, shape and type; also return what the file has beside that.
+
+    Args:
+        new_rest: the model may have more than fits, which then keeps its random start.
+
+    Raises:
+        FederationError: no such file, a damaged one, or too little of it fits.
+    """
+    _, arrays = _read(path)
+    found = {name: array for name, array in arrays.items() if not name.startswith(STATE)}
+    fits = {
+        name: found[name]
+        for name, array in like.items()
+        if name in found and (found[name].shape, found[name].dtype) == (array.shape, array.dtype)
+    }
+    if not new_rest or not fits:
+        shared = {name: array for name, array in found.items() if name in like}
+        fits = _check_weights(path, shared, like, model)
+    return fits, [name for name in found if name not in fits]
+
+
 def read_checkpoint(directory: Path) -> Checkpoint:
     """Return a directory's last checkpoint, or if it is damaged the one before.
 

@@ -40,8 +40,11 @@ ENVIRONMENT = {
 }
 
 
-def start(program: str) -> None:
+def start(program: str, needed: Sequence[str] = NEEDED) -> None:
     """Set what must be set once in a process, in its main program, before the large imports.
+
+    Args:
+        needed: packages without which it ends with one line.
 
     Until `ready` is called, Ctrl-C ends the process without a traceback.
     """
@@ -53,7 +56,7 @@ def start(program: str) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     with contextlib.suppress(AttributeError, ValueError):  # not a file: a test's
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    for name in NEEDED:
+    for name in needed:
         if not _is_installed(name):
             sys.exit(
                 f"{program}: {sys.executable} has no package '{name.partition('.')[0]}'; use "

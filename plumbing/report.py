@@ -141,7 +141,7 @@ class Console:
     def _code(self, device: Device) -> list[str]:
         """Return a warning if the device trains with other code than the server tests with."""
         theirs = device.properties.get("source", self.source)
-        if theirs == self.source or not self.source:
+        if theirs == self.source or not (theirs and self.source):
             return []
         return [
             f"warning: {device.name} trains with another utils.py (sha256:{str(theirs)[:12]}) than "

@@ -55,6 +55,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[RunSettings, argparse.Namesp
         data_dir=files.data_dir,
         run_dir=run_dir,
         init_weights=files.init_weights or None,
+        new_head=False,
         resume=files.resume or None,
         run_id=run_id,
     )

@@ -248,9 +248,10 @@ def test_loader_leaves_the_data_as_they_are(data):
     assert torch.equal(data.images, before)
 
 
-def test_too_few_images_for_a_batch_are_refused():
-    with pytest.raises(FederationError, match="31 images do not fill a batch of 32"):
-        utils.TrainLoader(numbered(31), 32)
+def test_fewer_images_than_a_batch_train_in_one_smaller_batch():
+    ((images, labels),) = utils.TrainLoader(numbered(29), 32)
+    assert len(images) == len(labels) == 29
+    assert len(utils.TrainLoader(numbered(70), 32)) == 2
 
 
 # --- Training -------------------------------------------------------------------------

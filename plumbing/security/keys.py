@@ -204,6 +204,16 @@ def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> 
     return True
 
 
+def is_signed(data: bytes, signature: bytes, authority: x509.Certificate) -> bool:
+    """Return whether the authority has signed the data."""
+    try:
+        public: Any = authority.public_key()
+        public.verify(signature, data, ec.ECDSA(SHA256()))
+    except InvalidSignature:
+        return False
+    return True
+
+
 def is_due(certificate: x509.Certificate) -> bool:
     """Return whether two thirds of its life are over, or it has yet to begin: a new one is due."""
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
@@ -369,6 +379,10 @@ class Authority:
             ExtendedKeyUsageOID.CLIENT_AUTH,
         )
         return certificate_pem(self._sign(builder))
+
+    def sign(self, data: bytes) -> bytes:
+        """Return the authority's signature of some data, for `is_signed`."""
+        return self.key.sign(data, ec.ECDSA(SHA256()))
 
     def _sign(self, builder: x509.CertificateBuilder) -> x509.Certificate:
         return builder.serial_number(x509.random_serial_number()).sign(self.key, SHA256())

@@ -354,7 +354,7 @@ def _recorded(
             worker.round_id, worker.weights, worker.problem = "", [], outcome.reason
 
 
-def _channel(
+def open_channel(
     server_address: str, options: list[tuple[str, int]], identity: Identity | None
 ) -> grpc.Channel:
     if identity:
@@ -370,7 +370,7 @@ def _hello(server_address: str, timeout: float, identity: Identity | None) -> tu
         with the server, or "". The server learns that when the device joins, so that there is
         a line on its screen, too.
     """
-    with _channel(server_address, NO_PROXY, identity) as channel:
+    with open_channel(server_address, NO_PROXY, identity) as channel:
         try:
             answer = channel.unary_unary(HELLO)(b"", timeout=timeout)
         except grpc.RpcError as error:
@@ -406,7 +406,7 @@ def _join(
         ("grpc.http2.max_pings_without_data", 0),
     ]
     replies: queue.SimpleQueue = queue.SimpleQueue()
-    with _channel(server_address, options, identity) as channel:
+    with open_channel(server_address, options, identity) as channel:
         join = channel.stream_stream(JOIN)  # bytes in, bytes out
         stream = join(iter(replies.get, None))
         reporter.channel = channel

@@ -40,6 +40,7 @@ from federated.rounds import (
 from federated.updates import Scalar, clean_metrics, make_update
 from plumbing import descriptors
 from plumbing.addresses import check_cid, join_address, listening_addresses, reachable_address
+from plumbing.publish import CARD
 from plumbing.security.complaints import Refusals
 from plumbing.security.gate import Door, Gate, Peer, peer_address
 from plumbing.security.identity import ENROL
@@ -60,6 +61,7 @@ PAUSE_SECONDS = 5  # then devices come back to a server that was interrupted
 # 1,000 devices that come at once take a server 3.3 s.
 HANDSHAKE_SECONDS = 5
 IDLE_SECONDS = 10  # then a connection without a call is closed; a device's stream is one
+FETCH_PIECE_BYTES = 1 << 18  # of the newest model, which devices fetch
 WINDOW_BYTES = 1 << 19  # under way to us on a connection: 25 MB/s where a round trip takes 20 ms
 
 # glibc's numbers for two limits: from what size on a freed block goes back to the system, and how
@@ -133,6 +135,7 @@ class StreamFleet(Fleet):
         self._background: set[asyncio.Task] = set()
         self._memory = Memory(model_bytes)
         if gate:
+            self.sign = gate.authority.sign
             gate.report = self._notice
             self.refusals = gate.refusals
         else:
@@ -204,7 +207,11 @@ class StreamFleet(Fleet):
 
     async def _listen(self, server_address: str) -> str:
         # All take a stream of bytes, since for others gRPC reads a message before we are asked.
-        methods: dict[str, Any] = {"Hello": self._hello, "Progress": self._progress}
+        methods: dict[str, Any] = {
+            "Hello": self._hello,
+            "Progress": self._progress,
+            "Fetch": self._fetch,
+        }
         if self.gate:
             methods |= {"Enrol": self.gate.enrol, "Renew": self.gate.renew}
         services = {"flwr.proto.FlowerService": {"Join": self._join}, "plumbing.Fleet": methods}
@@ -304,6 +311,26 @@ class StreamFleet(Fleet):
                     session.has_reported = True
                     self._events.put(session)
         await context.write(b"")
+
+    async def _fetch(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
+        """Hand out the newest model's card, or one of its files from some byte on."""
+        try:
+            request = json.loads(await asyncio.wait_for(context.read(), HANDSHAKE_SECONDS))
+            wanted, offset = str(request["file"]), int(request.get("offset", 0))
+            if offset < 0:
+                raise ValueError
+        except Exception:  # of bytes from anyone: nearly anything
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "this asks for no file")
+        if not self.publication:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "this server hands out no model")
+        if wanted == CARD:
+            await context.write(self.publication.card)
+            return
+        while piece := await asyncio.to_thread(
+            self.publication.read, wanted, offset, FETCH_PIECE_BYTES
+        ):
+            offset += len(piece)
+            await context.write(piece)
 
     async def _join(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
         """Serve one device for as long as it is connected."""

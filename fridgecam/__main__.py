@@ -1,0 +1,38 @@
+"""FridgeCam's commands: python -m fridgecam COMMAND --help
+
+start      on the server: make the model that fridges begin with
+install    on a fridge: join a server and fetch its model
+look       name what is in photographs
+share      on or off: train with the others
+train      train when the server asks
+model      show the model that is here, or go back to the one before
+"""
+
+import importlib
+import os
+import sys
+
+from plumbing import cli
+
+DEVICE = ("install", "look", "share", "train", "model")
+COMMANDS = {"start": "fridgecam.start:start"} | {
+    name: f"fridgecam.device:{name}" for name in DEVICE
+}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return
+    if name not in COMMANDS:
+        sys.exit(f"fridgecam: no command '{name}'; there are {', '.join(COMMANDS)}")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two that spin are slower than one
+    device = ("numpy", "onnxruntime", "grpc", "google.protobuf", "safetensors")
+    cli.start(f"fridgecam {name}", device if name in DEVICE else cli.NEEDED)
+    module, _, function = COMMANDS[name].partition(":")
+    getattr(importlib.import_module(module), function)(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The commands on a fridge's computer; none of them needs torch."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from federated.errors import FederationError, NotYet
+from fridgecam.home import WANTED, Home, Looker, default_home
+from head_trainer import HeadTrainer
+from light_trainer import OnnxBackbone
+from plumbing import cli
+from plumbing.addresses import check_cid, check_destination
+from plumbing.photos import is_photo
+from plumbing.publish import CARD
+from plumbing.security.identity import Identity, open_identity
+from plumbing.stream.fetch import PREVIOUS, fetch_model
+
+
+def parser_for(command: str, text: str) -> cli.Parser:
+    parser = cli.Parser(prog=f"run_fridgecam.sh {command}", description=text)
+    parser.flag("home", "the fridge's folder (default: $FRIDGE_HOME or ~/fridge)", metavar="DIR")
+    return parser
+
+
+def home_of(args: Any) -> Home:
+    return Home(Path(args.home) if args.home else default_home())
+
+
+def install(argv: list[str]) -> None:
+    """Join a server, and fetch its model."""
+    parser = parser_for("install", install.__doc__ or "")
+    parser.flag("server_address", "where server.py runs", required=True, metavar="HOST:PORT")
+    parser.flag("cid", "this fridge's name", socket.gethostname())
+    parser.flag("join", "what server.py --secure prints, or a file with it, or -", metavar="TOKEN")
+    args = parser.parse_args(argv)
+    with cli.ready("fridgecam install"):
+        check_destination(args.server_address)
+        check_cid(args.cid)
+        home = home_of(args)
+        home.make()
+        identity = open_identity(home.keys, args.cid, args.join)
+        if identity:
+            identity.prepare(args.server_address, 20.0)
+        home.change(server_address=args.server_address, cid=args.cid)
+        update(home, identity)
+        card = home.card()
+        print(f"model version {card.version}: {len(card.classes)} classes, in {home.folder}")
+        print("nothing is shared; ./run_fridgecam.sh share on trains with the others")
+
+
+def identity_of(home: Home) -> Identity | None:
+    return open_identity(home.keys, home.config["cid"], None)
+
+
+def update(home: Home, identity: Identity | None) -> bool:
+    """Fetch the newest model if it is not here; return whether it is new.
+
+    Raises:
+        NotYet: the server cannot be reached now.
+        FederationError: what it offers cannot be used.
+    """
+    try:
+        return fetch_model(home.config["server_address"], identity, home.model, WANTED) is not None
+    except grpc.RpcError as error:
+        raise NotYet(f"no model from {home.config['server_address']}: {error.details()}") from None
+
+
+def look(argv: list[str]) -> None:
+    """Name what is in photographs: the three likeliest, with how sure that is."""
+    parser = parser_for("look", look.__doc__ or "")
+    parser.add_argument("paths", nargs="+", metavar="PHOTO", help="photographs, or folders of them")
+    args = parser.parse_args(argv)
+    with cli.ready("fridgecam look"):
+        home = home_of(args)
+        looker = Looker(home)
+        for path in photos_in(args.paths):
+            if home.excluded().has(path):
+                continue
+            seen = "  ".join(f"{s.name} {100 * s.confidence:.0f} %" for s in looker.look(path))
+            print(f"{path.name}: {seen}")
+
+
+def photos_in(paths: list[str]) -> list[Path]:
+    """Return the photographs at some paths; FederationError for a path that is none."""
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += sorted(p for p in path.iterdir() if is_photo(p))
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise FederationError(f"there is no photograph or folder '{path}'")
+    return found
+
+
+def share(argv: list[str]) -> None:
+    """Train with the others, or stop that at once: on, off; without either, show which."""
+    parser = parser_for("share", share.__doc__ or "")
+    parser.add_argument("what", nargs="?", choices=["on", "off"])
+    args = parser.parse_args(argv)
+    with cli.ready("fridgecam share"):
+        home = home_of(args)
+        if args.what:
+            home.change(share=args.what == "on")
+        print(f"sharing is {'on' if home.shares else 'off'}")
+
+
+def train(argv: list[str]) -> None:
+    """Train when the server asks, until the run is over."""
+    from client import Client
+    from plumbing.stream.device import serve
+
+    parser = parser_for("train", train.__doc__ or "")
+    parser.switch("stay", "when the run is over, wait for the next")
+    args = parser.parse_args(argv)
+    with cli.ready("fridgecam train"):
+        home = home_of(args)
+        if not home.shares:
+            raise FederationError("sharing is off; ./run_fridgecam.sh share on")
+        cid, identity = home.config["cid"], identity_of(home)
+        client = Client(cid, trainer_for(home))
+        address = home.config["server_address"]
+        serve(
+            address,
+            client,
+            lambda state: print(f"fridge {cid}: {state}"),
+            None,
+            args.stay,
+            identity,
+        )
+
+
+def trainer_for(home: Home) -> HeadTrainer:
+    """Return what trains the head on this fridge's labelled photographs."""
+    backbone = OnnxBackbone(home.model / WANTED[0])
+    cid = home.config["cid"]
+    return HeadTrainer(cid, home.card(), backbone, home.photos, home.cache, home.exclude)
+
+
+def model(argv: list[str]) -> None:
+    """Show the model that is here; `model previous` goes back to the one before."""
+    parser = parser_for("model", model.__doc__ or "")
+    parser.add_argument("what", nargs="?", choices=["previous"])
+    args = parser.parse_args(argv)
+    with cli.ready("fridgecam model"):
+        home = home_of(args)
+        if args.what:
+            go_back(home)
+        card = home.card()
+        accuracy = "not tested" if card.accuracy is None else f"{100 * card.accuracy:.1f} %"
+        print(f"version {card.version}, {len(card.classes)} classes, accuracy {accuracy}")
+
+
+def go_back(home: Home) -> None:
+    """Swap the model with the one before."""
+    previous = home.model / PREVIOUS
+    if not (previous / CARD).exists():
+        raise FederationError("there is no model before this one")
+    for name in (*WANTED, CARD):
+        if (previous / name).exists():
+            spare = previous / f"{name}.swap"
+            (home.model / name).rename(spare)
+            (previous / name).rename(home.model / name)
+            spare.rename(previous / name)

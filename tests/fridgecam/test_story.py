@@ -1,0 +1,77 @@
+"""The story of a fridge through real processes, with a tiny model."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import utils
+from plumbing.checkpoints import encode_weights
+from tests.conftest import ROOT
+
+CLASSES = ["Cabbage", "Milk", "Tomato"]
+MODEL = "tests.tiny_model:Tiny"
+
+
+@pytest.fixture
+def service(tmp_path) -> Path:
+    """Photographs of a colour a class, and a start model."""
+    for part, count in (("train", 4), ("test", 5)):
+        for label, name in enumerate(CLASSES):
+            for i in range(count):
+                paint(tmp_path / "service" / part / name / f"{i}.jpg", label, i)
+    net = utils.build_model(MODEL, 3)
+    state = {name: value.numpy() for name, value in net.state_dict().items()}
+    (tmp_path / "start.safetensors").write_bytes(encode_weights(state, {}))
+    return tmp_path / "service"
+
+
+def paint(path: Path, label: int, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 90, (40, 40, 3), np.uint8)
+    pixels[..., label] += 150
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def fridge(launch, tmp_path):
+    """Run a command on a fridge's computer."""
+
+    def run(name: str, command: str, *arguments: str | Path):
+        home = f"--home={tmp_path / name}"
+        return launch(sys.executable, "-m", "fridgecam", command, home, *arguments, cwd=ROOT)
+
+    return run
+
+
+def test_fridges_train_the_head_and_see_better(start_server, fridge, service, tmp_path):
+    server, address = start_server(
+        "--secure", model=MODEL, data_dir=str(service),
+        init_weights=str(tmp_path / "start.safetensors"),
+        rounds="4", epochs="10", lr="0.1", partition="none",
+        keys=str(tmp_path / "authority"),
+    )  # fmt: skip
+    joins = next(line for line in server.lines if "--join=" in line)
+    token = joins.split("--join=")[1].split()[0]
+    for name, labels in (("a", [0, 1]), ("b", [1, 2])):
+        installed = fridge(
+            name, "install", f"--server_address={address}", f"--cid={name}", f"--join={token}"
+        )
+        assert installed.finish() == 0, installed.output
+        assert "3 classes" in installed.output
+        for label in labels:
+            for i in range(6):
+                paint(tmp_path / name / "photos" / CLASSES[label] / f"{i}.jpg", label, 50 + i)
+    refused = fridge("a", "train")
+    assert refused.finish() == 1
+    assert "sharing is off" in refused.output
+    running = []
+    for name in "ab":
+        assert fridge(name, "share", "on").finish() == 0
+        running.append(fridge(name, "train"))
+    assert server.finish() == 0, server.output
+    assert [client.finish() for client in running] == [0, 0]
+    accuracy = float(server.output.split("test accuracy ")[1].split(" %")[0])
+    assert accuracy > 90

@@ -1,0 +1,197 @@
+"""Models with a frozen backbone and a head that learns, in torch: the server's side and a device's.
+
+A model is of this kind if it has `features(images)` and `head`, and nothing but the head learns.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import utils
+from federated.errors import FederationError
+from federated.settings import RunSettings, Settings
+from head_trainer import Card, hash_arrays
+from light_trainer import OnnxBackbone
+from plumbing.checkpoints import encode_weights
+from plumbing.files import write_whole
+from plumbing.photos import FeatureCache, Photo, labelled, set_apart
+from plumbing.publish import Publication
+from torch_export import to_onnx
+
+VIEWS = 4  # of a photograph in training: the whole, mirrored, and parts
+BACKBONE, FROZEN, HEAD = "backbone.onnx", "frozen.safetensors", "head.safetensors"
+
+
+def has_head(net: torch.nn.Module) -> bool:
+    """Return whether only a head on frozen features learns."""
+    return hasattr(net, "features") and all(n.startswith("head.") for n in utils.learned(net))
+
+
+def server_features(net: torch.nn.Module, views: int) -> FeatureCache:
+    """Return what computes features here, as devices do: in half of torch's time."""
+    frozen = hash_arrays(frozen_arrays(net))
+    size = int(getattr(net, "image_size", utils.IMAGE_SIZE))
+    folder = feature_folder() / "features"
+    path = folder / f"{frozen[:16]}-{size}.onnx"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, to_onnx(net, size, features=True))
+    return FeatureCache(folder, OnnxBackbone(path).features, frozen, size, views, 1 << 30)
+
+
+def frozen_arrays(net: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Return what does not learn."""
+    return {
+        name: value.cpu().numpy().copy()
+        for name, value in net.state_dict().items()
+        if name not in utils.learned(net)
+    }
+
+
+def feature_folder() -> Path:
+    """Return where features are kept on a machine that is no device."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "flower-embedded")
+
+
+class TorchBackbone:
+    """The frozen backbone of a model that has `features` and `head`, and the head's training."""
+
+    source = hashlib.sha256(Path(utils.__file__).read_bytes()).hexdigest()
+
+    def __init__(self, net: torch.nn.Module, device: str = "cpu") -> None:
+        self.net = net.to(device).eval()
+        self.device = device
+
+    @torch.inference_mode()
+    def features(self, pixels: np.ndarray) -> np.ndarray:
+        images = utils.normalise(torch.from_numpy(pixels).to(self.device), self.net)
+        features: Any = self.net.features  # a module's attributes have no types
+        # One at a time, as on a device without torch: the least memory, and the same numbers.
+        return torch.cat([features(image[None]) for image in images]).cpu().numpy()
+
+    def train(
+        self,
+        weights: Mapping[str, np.ndarray],
+        x: np.ndarray,
+        labels: np.ndarray,
+        order: list[list[np.ndarray]],
+        settings: Settings,
+    ) -> tuple[dict[str, np.ndarray], float, int]:
+        utils.set_weights(self.net, weights)
+        head: Any = self.net.head
+        loader: Any = HeadLoader(x, labels, order, self.device)
+        trained = utils.train(head, loader, settings, self.device, log=lambda line: None)
+        return utils.get_weights(self.net), trained.loss, trained.steps
+
+
+class HeadLoader:
+    """The batches of features that a head is trained on, epoch by epoch in a given order."""
+
+    def __init__(
+        self, x: np.ndarray, labels: np.ndarray, order: list[list[np.ndarray]], device: str
+    ) -> None:
+        self.x = torch.from_numpy(x).to(device)
+        self.labels = torch.from_numpy(labels).to(device)
+        self.epochs = iter(order)
+        self.batches = len(order[0])
+        self.batch_size = len(order[0][0])
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for chosen in next(self.epochs):
+            yield self.x[chosen], self.labels[chosen]
+
+
+class HeadTest:
+    """Test photographs as the backbone sees them, so that a round's test takes milliseconds.
+
+    Args:
+        data_dir: test/<class>/*, and if there is none a fixed quarter of train/<class>/*.
+    """
+
+    def __init__(self, data_dir: str | Path) -> None:
+        self.classes, self.photos, self.source = test_photos(Path(data_dir).expanduser())
+        self.x: torch.Tensor | None = None
+        self.labels = torch.empty(0)
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    @torch.inference_mode()
+    def evaluate(self, net: torch.nn.Module, device: str) -> utils.Evaluation:
+        """Evaluate the head; the backbone must be the same each time."""
+        if self.x is None:
+            x, labels = server_features(net, 1).features(self.photos)
+            self.x, self.labels = torch.from_numpy(x[:, 0]), torch.from_numpy(labels)
+        head: Any = net.to(device).head
+        scores = head(self.x.to(head.weight.device)).cpu()
+        losses = F.cross_entropy(scores, self.labels, reduction="none").double()
+        hits = (scores.argmax(1) == self.labels).double()
+        of_class = [self.labels == c for c in range(len(self.classes))]
+        return utils.Evaluation(
+            losses.mean().item(),
+            hits.mean().item(),
+            [losses[mask].mean().item() for mask in of_class],
+            [hits[mask].mean().item() for mask in of_class],
+        )
+
+
+def class_folders(data_dir: Path) -> list[str]:
+    """Return the names of the class folders below train/ and test/."""
+    folders = [p for part in ("train", "test") for p in (data_dir / part).glob("*/")]
+    names = sorted({p.name for p in folders if not p.name.startswith(".")})
+    if len(names) < 2:
+        raise FederationError(f"'{data_dir}' needs train/<class>/* or test/<class>/*")
+    return names
+
+
+def test_photos(data_dir: Path) -> tuple[list[str], list[Photo], str]:
+    """Return the classes, the photographs that test, and where they are from."""
+    classes = class_folders(data_dir)
+    if (data_dir / "test").is_dir():
+        photos, source = labelled(data_dir / "test", classes), f"images in {data_dir}"
+    else:
+        _, photos = set_apart(labelled(data_dir / "train", classes))
+        source = f"images set apart in {data_dir}/train"
+    if not photos:
+        raise FederationError(f"no photographs in '{data_dir}' to test with")
+    return classes, photos, source
+
+
+def make_card(settings: RunSettings, net: torch.nn.Module, classes: list[str]) -> Card:
+    """Return what devices must know of a model."""
+    return Card(
+        model=settings.model,
+        classes=classes,
+        image_size=int(getattr(net, "image_size", utils.IMAGE_SIZE)),
+        views=VIEWS,
+        frozen=hash_arrays(frozen_arrays(net)),
+        head={name: list(value.shape) for name, value in utils.learned(net).items()},
+    )
+
+
+class Publisher:
+    """Hands out each new model; the files of the frozen part are made once."""
+
+    def __init__(self, card: Card, net: torch.nn.Module, publication: Publication) -> None:
+        self.card = asdict(card)
+        self.publication = publication
+        self.fixed = {
+            FROZEN: encode_weights(frozen_arrays(net), {"frozen": card.frozen}),
+            BACKBONE: to_onnx(net, card.image_size, features=True),
+        }
+
+    def publish(self, weights: Mapping[str, np.ndarray], accuracy: float | None = None) -> int:
+        """Hand out a model; return its version."""
+        head = encode_weights(weights, {"frozen": self.card["frozen"]})
+        card = {**self.card, "accuracy": accuracy}
+        return self.publication.publish(card, {**self.fixed, HEAD: head})
