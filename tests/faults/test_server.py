@@ -251,6 +251,7 @@ def test_ctrl_c_while_the_libraries_are_loaded_gives_no_traceback(launch, progra
     process = launch(
         *(sys.executable, ROOT / program, "--server_address=127.0.0.1:1"),
         *(["--cid=0"] if program == "client.py" else []),
+        from_scratch=True,
     )
     maps = Path(f"/proc/{process.popen.pid}/maps")
     if not maps.exists():
