@@ -30,6 +30,7 @@ from plumbing.stream.fleet import StreamFleet
 from tests.preloaded import Preloaded, Program
 
 ROOT = Path(__file__).resolve().parent.parent
+LONG = os.environ.get("LONG") == "1"  # the long forms of some tests: CONTRIBUTING.md
 TORCH_PROGRAMS = ("/server.py", "/client.py")
 
 # Programs that tests start get SIGINT as in a terminal, though a CI may run us with it ignored.
@@ -251,7 +252,7 @@ class Link:
         self._carries = False
 
     def cut(self) -> None:
-        """Reset all connections, and whoever connects anew."""
+        """Reset all connections, and each new one."""
         self._connects = False
         self._reset_all()
 

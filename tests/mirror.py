@@ -53,7 +53,7 @@ def tiny_cifar10():
 
 
 class Mirror(ThreadingHTTPServer):
-    """Serves one archive; a test may set what it says instead, and when."""
+    """Serves one archive; a test may set another answer, and when it comes."""
 
     def __init__(self, archive):
         super().__init__(("127.0.0.1", 0), Answer)

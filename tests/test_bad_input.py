@@ -1,4 +1,4 @@
-"""Each mistake gets one line that says what, shows the value and tells what to do."""
+"""Each mistake gets one line: what is wrong, the value, what to do."""
 
 import os
 import re
@@ -196,29 +196,29 @@ def make_images(folder: Path, classes: dict[str, int]) -> None:
 def test_data_directories_without_use_are_refused_on_both_sides(tmp_path, main):
     split = "train" if main is client.main else "test"
 
-    def said(data_dir: Path) -> str:
+    def line_for(data_dir: Path) -> str:
         rest = ["--cid=0", "--server_address=127.0.0.1:1"]
         if main is server.main:
             rest = ["--server_address=127.0.0.1:0"]
         return complaint(main, f"--data_dir={data_dir}", *rest)
 
-    assert "does not exist; put your images there, or fetch CIFAR-10" in said(tmp_path / "no")
+    assert "does not exist; put your images there, or fetch CIFAR-10" in line_for(tmp_path / "no")
 
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "is empty; put your images there" in said(empty)
+    assert "is empty; put your images there" in line_for(empty)
 
     make_images(tmp_path / "one" / split, {"milk": 3})
-    assert "has 1 class folder(s) (milk/); at least 2" in said(tmp_path / "one")
+    assert "has 1 class folder(s) (milk/); at least 2" in line_for(tmp_path / "one")
 
     make_images(tmp_path / "odd" / "train", {"milk": 3, "tomato": 3})
     make_images(tmp_path / "odd" / "test", {"milk": 3, "potato": 3})
-    assert "differ between train/ and test/: potato, tomato" in said(tmp_path / "odd")
+    assert "differ between train/ and test/: potato, tomato" in line_for(tmp_path / "odd")
 
     make_images(tmp_path / "bad" / split, {"milk": 0, "tomato": 0})
     for name in ("milk", "tomato"):
         (tmp_path / "bad" / split / name / "a.png").write_bytes(b"no image")
-    assert "all 2 images in" in said(tmp_path / "bad")
+    assert "all 2 images in" in line_for(tmp_path / "bad")
 
 
 @pytest.mark.parametrize(

@@ -463,8 +463,8 @@ def test_keys_directory_of_another_user_is_told_and_the_way_out(tmp_path):
 def test_state_for_the_health_check_names_the_process_and_what_it_does(monkeypatch, tmp_path):
     monkeypatch.setenv("CLIENT_STATUS_FILE", str(tmp_path / "state"))
     client.write_state("0", "waiting for 10.0.0.1:8080 (no answer)")
-    said = (tmp_path / "state").read_text()
-    assert said == f"{os.getpid()} waiting for 10.0.0.1:8080 (no answer)\n"
+    state = (tmp_path / "state").read_text()
+    assert state == f"{os.getpid()} waiting for 10.0.0.1:8080 (no answer)\n"
 
 
 def test_state_that_cannot_be_written_is_no_reason_to_stop(monkeypatch, tmp_path):

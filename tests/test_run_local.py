@@ -38,7 +38,7 @@ def assert_nothing_left(run: Process) -> None:
     assert processes(run) == {}
 
 
-def test_run_shows_all_speakers_and_ends_with_the_model(launch, tmp_path, monkeypatch):
+def test_run_shows_lines_of_all_and_ends_with_the_model(launch, tmp_path, monkeypatch):
     (tmp_path / "flower-embedded").mkdir()  # with a key for another server, not to be used here
     (tmp_path / "flower-embedded/device-0.pem").write_text("not to be read")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
@@ -114,7 +114,7 @@ def test_keys_directory_that_is_named_serves_the_next_run_too(launch, tmp_path):
         assert run.output.count("was admitted") == admitted
 
 
-def test_without_internet_it_says_so_and_ctrl_c_leaves_nothing(launch, tmp_path, monkeypatch):
+def test_without_internet_it_reports_so_and_ctrl_c_leaves_nothing(launch, tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.delenv("no_proxy", raising=False)
@@ -130,7 +130,7 @@ def test_without_internet_it_says_so_and_ctrl_c_leaves_nothing(launch, tmp_path,
 
 
 def test_sigterm_while_fetching_leaves_nothing(launch, tmp_path, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, says nothing
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, sends nothing
         for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.delenv("no_proxy", raising=False)

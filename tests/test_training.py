@@ -440,7 +440,7 @@ def test_ctrl_c_ends_an_epoch_in_the_middle(data):
 
 
 class Fixed(nn.Module):
-    """Says class 0 for dark images and class 1 for bright ones, with odds of e to 1."""
+    """Predicts class 0 for dark images and class 1 for bright ones, with odds of e to 1."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bright = (x.mean((1, 2, 3)) > 0).float()

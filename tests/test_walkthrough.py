@@ -53,19 +53,26 @@ def test_walk_through_to_a_saved_model_that_starts_the_next_run(
         for name in ("bytes_sent", "bytes_received"):
             assert metrics[name] == sum(device[name] for device in metrics["devices"]) > 2 * 248_024
     device = rounds[1]["devices"][0]
-    said = device["metrics"]
+    reported = device["metrics"]
     assert device["num_examples"] == 192
-    assert {"loss", "seconds", "steps", "images_per_second", "peak_ram_mb"} <= set(said)
-    assert said["total_bytes_received"] > device["bytes_sent"] > 248_024
+    assert {"loss", "seconds", "steps", "images_per_second", "peak_ram_mb"} <= set(reported)
+    assert reported["total_bytes_received"] > device["bytes_sent"] > 248_024
     assert device["bytes_received"] > 248_024  # 62,006 numbers of 4 bytes
-    details = [line for line in server.lines if line.startswith("  device 0 ")]
-    assert len(details) == 2
-    assert re.search(r"192 images +\d+\.\d s +[\d,]+ images/s +[\d,]+ MB RAM", details[0])
+    lines = [line for line in server.lines if line.startswith("  device 0 ")]
+    assert len(lines) == 2
+    assert re.search(r"192 images +\d+\.\d s +[\d,]+ images/s +[\d,]+ MB RAM", lines[0])
     assert rounds[1]["test_images"] == "80 synthetic images"
     with safetensors.safe_open(run / "checkpoint.safetensors", "np") as checkpoint:
         notes = checkpoint.metadata()
     assert notes["server_round"] == "2"
-    fields = {*config, *rounds[1], *device, *said, *notes, *(path.name for path in run.iterdir())}
+    fields = {
+        *config,
+        *rounds[1],
+        *device,
+        *reported,
+        *notes,
+        *(path.name for path in run.iterdir()),
+    }
     documented = set(re.findall(r"`([\w.]+)`", (ROOT / "docs/runs.md").read_text()))
     assert fields <= documented
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -180,8 +187,8 @@ def test_devices_that_do_not_fit_are_refused_and_the_run_waits_on(
     ):
         client = start_client(address, cid, **options)
         assert client.finish() == 1
-        told = f"client.py: the server refuses this device: {reason}"
-        assert client.lines[-1].startswith(told)
+        refusal = f"client.py: the server refuses this device: {reason}"
+        assert client.lines[-1].startswith(refusal)
         server.wait_for(re.escape(f"refused device {cid}: {reason}"))
 
     clients = [start_client(address, cid) for cid in (0, 1)]

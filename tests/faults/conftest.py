@@ -1,4 +1,4 @@
-"""What the tests of faults have in common: injecting them, and noting what came of it."""
+"""What the tests of faults share: how to inject a fault and record its outcome."""
 
 import json
 import os
@@ -10,8 +10,6 @@ import pytest
 
 from tests.conftest import ROOT, Process
 
-LONG = os.environ.get("LONG") == "1"  # set by report.py --long
-
 
 @pytest.fixture
 def record_fault() -> Callable[..., None]:
@@ -21,8 +19,8 @@ def record_fault() -> Callable[..., None]:
         fault: what goes wrong, in an operator's words.
         injected: how this test makes it go wrong.
         happened: what the run did about it, as asserted.
-        noticed_seconds: from the fault until somebody was told; None where that says nothing.
-        stock: what stock Flower does, as measured (report.py says on what).
+        noticed_seconds: from the fault until it is reported; None where that is of no interest.
+        stock: what stock Flower does, as measured (report.py has the versions).
     """
 
     def record(

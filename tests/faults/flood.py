@@ -1,4 +1,4 @@
-"""Hold many TCP connections to a server and say nothing; open each again when it is closed.
+"""Hold many TCP connections to a server and send nothing; open each again when it is closed.
 
     python tests/faults/flood.py 127.0.0.1:8080 700 60      so many connections, so many seconds
 

@@ -3,6 +3,8 @@
     python tests/faults/hostile.py 127.0.0.1:8080 3 stall
     python tests/faults/hostile.py 127.0.0.1:8080 12 whole 88 DIR
 
+Their names are stall-0, stall-1, … and so on.
+
     stall    offer an update, and send nothing of it
     trickle  send the first chunk of it, and then nothing
     whole    announce offers, and send so many MB instead
@@ -117,7 +119,10 @@ async def main(
     assert address.startswith("127.0.0.1:")
     large = large_reply(int(megabytes)) if behaviour in ("whole", "stock") else b""
     together = asyncio.Barrier(count)
-    tasks = [live(address, f"h{i}", behaviour, large, together, directory) for i in range(count)]
+    tasks = [
+        live(address, f"{behaviour}-{i}", behaviour, large, together, directory)
+        for i in range(count)
+    ]
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(asyncio.gather(*tasks), SILENCE_SECONDS)
 

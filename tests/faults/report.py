@@ -4,7 +4,7 @@
     python tests/faults/report.py --long     # an hour: more kills, longer waits, larger fleets
 
 Other arguments, such as the path of one file, go to pytest. "noticed after" is from the fault
-until somebody was told. The last column is stock Flower's start_server and start_client, flwr
+until it is reported. The last column is stock Flower's start_server and start_client, flwr
 1.41.0 as they come, measured on 2 x86-64 cores with grpcio 1.85.1.
 """
 

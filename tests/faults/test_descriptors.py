@@ -4,15 +4,13 @@ LONG=1 trains for 300 rounds under the flood instead of 60.
 """
 
 import json
-import os
 import sys
 import time
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import LONG, ROOT
 
-LONG = os.environ.get("LONG") == "1"
 LIMIT = 1024
 ROUNDS = 300 if LONG else 60
 SECONDS = 300 if LONG else 90  # that the flood lasts, and the run may take
@@ -63,7 +61,7 @@ def test_run_ends_well_while_silent_connections_take_every_descriptor(
     record_fault(
         "silent TCP connections, opened again and again, take all 1,024 file descriptors",
         "1,400 connections from two programs on the same machine",
-        f"the owner is told; {ROUNDS - begun} rounds and the model are written meanwhile",
+        f"reported to the owner; {ROUNDS - begun} rounds and the model are written meanwhile",
         full,
     )
 

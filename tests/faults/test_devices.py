@@ -64,7 +64,7 @@ def test_device_killed_in_mid_epoch_is_missed_at_once_and_used_when_it_is_back(
     record_fault(
         "fewer devices than --min_num_clients in mid-run",
         "the killed device is switched on again",
-        "the server says for whom it waits, and goes on with the device",
+        "the server shows how many it waits for, and continues with the device",
         time.monotonic() - joined,
         "silent wait, up to 24 h",
     )
@@ -188,7 +188,7 @@ NO_MEMORY = "torch.empty(2**46)"  # 281 TB
 BROKEN_FILE = "__import__('PIL.Image').Image.open(__file__)"
 
 
-def test_exception_in_training_is_told_and_three_in_a_row_leave_a_device_out(
+def test_exception_in_training_is_reported_and_three_in_a_row_leave_a_device_out(
     start_server, start_client, edited_client, record_fault, tmp_path
 ):
     server, address = start_server(rounds="6", min_num_clients="3", min_sample_size="3")
@@ -230,7 +230,7 @@ def test_exception_in_training_is_told_and_three_in_a_row_leave_a_device_out(
     record_fault(
         "exception in a device's training",
         "out of memory, a broken file, a NameError in utils.py",
-        "told to the server with its message; the device stays and is used in the next round",
+        "reported to the server with its message; the device stays and is used in the next round",
     )
     record_fault(
         "a device that fails three times in a row",

@@ -6,7 +6,6 @@ training), of which one in ten is cut off, silent or sends rubbish in each round
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import LONG, ROOT
 
-LONG = os.environ.get("LONG") == "1"
 STOCK_SAYS = "the first bad reply ends it; 12.2 GB with 50 ResNet18 clients that are all good"
 
 
@@ -98,7 +96,7 @@ def test_every_round_closes_although_one_in_ten_fails(
     assert len(kinds) >= (6 if clients >= 40 and rounds > 3 else 3)
     first, last = held[0], held[-1]
     print(f"after the first round {first}, after the last {last}, {seconds:.0f} s")
-    # Those that were cut off connect anew: what a connection costs differs from day to day.
+    # Those that were cut off connect again, and what a connection costs varies.
     assert last["MB"] < first["MB"] * 1.1 + 20
     assert last["threads"] <= first["threads"] + 2
     assert last["files"] <= first["files"] + clients // 5

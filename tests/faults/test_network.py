@@ -18,8 +18,7 @@ import pytest
 
 from federated.errors import FederationError, NotYet
 from plumbing.stream import device as transport
-from tests.conftest import ROOT, Process
-from tests.faults.conftest import LONG
+from tests.conftest import LONG, ROOT, Process
 
 SILENCE = "carries nothing any more, sockets stay open"
 

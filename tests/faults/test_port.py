@@ -24,9 +24,9 @@ import pytest
 
 from plumbing.stream import wire
 from plumbing.stream.device import JOIN
+from tests.conftest import LONG
 from tests.devices import greeting
 
-LONG = os.environ.get("LONG") == "1"
 TIMES = 1000 if LONG else 150
 IDLE = 200
 CLASSES = json.dumps([f"pattern {i}" for i in range(10)])  # of the synthetic images
@@ -73,11 +73,11 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 @contextmanager
 def joined(address: str, cid: str) -> Iterator[None]:
-    """Say hello as a device would, and stay for a while."""
+    """Join as a device does, and stay for a while."""
     options = [("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(address, options) as channel:
-        said = greeting(cid, model="Net", classes=CLASSES)
-        outgoing = [wire.encode_properties_reply(said)]
+        properties = greeting(cid, model="Net", classes=CLASSES)
+        outgoing = [wire.encode_properties_reply(properties)]
         stream = channel.stream_stream(JOIN)(iter_and_wait(outgoing))
         assert wire.decode_request(next(stream)).kind == "get_properties"
         yield
@@ -153,7 +153,7 @@ def half_http2(stack: ExitStack, address: str) -> None:
 
 
 def never_answers(stack: ExitStack, address: str) -> None:
-    """Open the stream and say nothing when asked who one is."""
+    """Open the stream and do not answer what the server asks."""
     for _ in range(50):
         options = [("grpc.use_local_subchannel_pool", 1)]
         channel = stack.enter_context(grpc.insecure_channel(address, options))
@@ -180,7 +180,7 @@ def until_hung_up_on(connections: list[socket.socket]) -> float:
 
 
 VISITORS = {
-    "idle": (f"{IDLE} connections on which nothing is said", idle),
+    "idle": (f"{IDLE} connections on which nothing is sent", idle),
     "random bytes": ("50 connections with 100 kB of random bytes each", random_bytes),
     "HTTP/1": ("50 requests in HTTP/1.1", http1),
     "TLS": ("50 TLS hellos", tls_hello),
@@ -217,7 +217,7 @@ def test_visitors_neither_keep_devices_out_nor_leave_anything_behind(listening, 
     assert 4 < seconds < 15
     assert settled(process.popen.pid, without_silent).files <= without_silent.files
     record_fault(
-        "at the port: 20 connections on which nothing is said",
+        "at the port: 20 connections on which nothing is sent",
         "they stay open",
         f"hung up on after {seconds:.0f} s",
         seconds,
@@ -274,8 +274,10 @@ def test_failed_greetings_and_long_words_are_few_and_short_lines(start_server, r
     seconds = time.monotonic() - start
     with grpc.insecure_channel(address, options) as channel:
         words = dict.fromkeys(("board", "machine", "cores"), "x" * 1000)
-        said = greeting("talker", model="Net", classes=CLASSES, **words)
-        stream = channel.stream_stream(JOIN)(iter_and_wait([wire.encode_properties_reply(said)]))
+        properties = greeting("talker", model="Net", classes=CLASSES, **words)
+        stream = channel.stream_stream(JOIN)(
+            iter_and_wait([wire.encode_properties_reply(properties)])
+        )
         next(stream)
         process.wait_for("device talker joined", 20)
         stream.cancel()

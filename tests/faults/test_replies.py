@@ -9,7 +9,6 @@ through what decodes them.
 import contextlib
 import gc
 import json
-import os
 import pickle
 import re
 import threading
@@ -36,9 +35,9 @@ from plumbing.stream import wire
 from plumbing.stream.device import JOIN
 from plumbing.stream.fleet import read_reply
 from plumbing.stream.session import Reply, Work
+from tests.conftest import LONG
 from tests.devices import MemoryFleet, Recorder, greeting
 
-LONG = os.environ.get("LONG") == "1"
 CLASSES = json.dumps([f"pattern {i}" for i in range(10)])  # of the synthetic images
 STOCK_SAYS = "averaged into the model, or the server hangs for ever"
 
@@ -63,7 +62,7 @@ class RawDevice:
         self.cid = cid
         self.answer = answer
         self.flood = flood or []
-        self.properties = properties
+        self.properties = greeting(cid, model="Net", classes=CLASSES, **properties)
         self.error: grpc.RpcError | None = None
         self.thread = threading.Thread(target=self._run, args=(address,), daemon=True)
         self.thread.start()
@@ -93,8 +92,7 @@ class RawDevice:
                 for data in stream:
                     request = wire.decode_request(data)
                     if request.kind == "get_properties":
-                        said = greeting(self.cid, model="Net", classes=CLASSES, **self.properties)
-                        replies += [wire.encode_properties_reply(said), *self.flood]
+                        replies += [wire.encode_properties_reply(self.properties), *self.flood]
                     elif request.kind == "reconnect":
                         replies += [wire.encode_done_reply(False), None]
                     elif (reply := self.answer(request)) is not None:
@@ -144,7 +142,7 @@ def headed(shape: str, descr: str = "<f4") -> bytes:
 
 
 def bad_tensors() -> dict[str, tuple[list[bytes], str]]:
-    """Return, for each kind of bad weights, the packed arrays and the reason to be told."""
+    """Return, for each kind of bad weights, the packed arrays and the expected reason."""
     good = [npy(w) for w in initial_weights()]
     first, bias = initial_weights()[0], initial_weights()[1]
     nan, inf = first.copy(), first.copy()
@@ -309,10 +307,10 @@ def test_each_bad_reply_is_dropped_with_its_reason_and_the_model_is_the_mean_of_
     assert [d["name"] for d in metrics["devices"]] == [f"device {d.cid}" for d in good]
     reasons = {drop["name"]: drop["reason"] for drop in metrics["dropped"]}
     for number, (kind, (_, reason)) in enumerate(kinds.items()):
-        told = reasons[f"device bad-{number}"]
-        matches = re.search(reason, told) if "|" in reason else reason in told
-        assert matches, f"{kind}: {told!r}, not {reason!r}"
-        assert f"round 1: dropped device bad-{number}: {told}" in server_process.output
+        shown = reasons[f"device bad-{number}"]
+        matches = re.search(reason, shown) if "|" in reason else reason in shown
+        assert matches, f"{kind}: {shown!r}, not {reason!r}"
+        assert f"round 1: dropped device bad-{number}: {shown}" in server_process.output
     assert "\x9b" not in server_process.output
     for device in good:
         assert device.error is None

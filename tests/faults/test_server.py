@@ -19,8 +19,7 @@ import safetensors.numpy
 
 import server
 import utils
-from tests.conftest import ROOT, Process, complaint, free_port
-from tests.faults.conftest import LONG
+from tests.conftest import LONG, ROOT, Process, complaint, free_port
 
 STOCK_KILLED = "history and model lost; clients exit 1, nobody re-connects"
 
@@ -92,8 +91,8 @@ def test_killed_server_goes_on_and_ends_bit_for_bit_where_an_unbroken_run_does(
     options = {"rounds": 6 * kills + 5, "strategy": strategy}
 
     def start_devices(address: str) -> None:
-        # They stay: a server that is killed after the last round may have told one of them alone
-        # that the run is over, and if that one were gone, the resumed server would wait for it.
+        # They stay: a server that is killed after the last round may have dismissed one of
+        # them alone; if that one had ended, the resumed server would wait for it.
         start_device(address, 0, "--add=0.001", "--max_pause=0.3", "--stay")
         start_device(address, 1, "--add=0.002", "--max_pause=0.3", "--stay")
 
@@ -144,7 +143,7 @@ def test_run_with_a_seed_repeats_itself_bit_for_bit_also_if_its_server_is_killed
     )
 
 
-def test_server_killed_after_the_last_round_tells_devices_so_when_it_is_resumed(
+def test_server_killed_after_the_last_round_dismisses_devices_when_it_is_resumed(
     launch, start_server, start_device, tmp_path
 ):
     process, address = start_server(
@@ -239,7 +238,7 @@ def test_second_ctrl_c_ends_the_server_at_once(start_server, start_device, recor
     assert not (tmp_path / "run").exists()
     record_fault(
         "second Ctrl-C",
-        "two SIGINT while a hung device is told of the first",
+        "two SIGINT while a hung device does not answer to the first",
         "exit 130 at once",
         ended,
     )
@@ -262,7 +261,7 @@ def test_ctrl_c_while_the_libraries_are_loaded_gives_no_traceback(launch, progra
         time.sleep(0.001)
     process.signal(signal.SIGINT)
     assert process.finish() in (-signal.SIGINT, 130)
-    # client.py loads torch once its flags are checked, and then says that it was interrupted.
+    # client.py loads torch once its flags are checked, and then reports that it was interrupted.
     flags_checked = (program, library) == ("client.py", "libtorch")
     assert process.output == ("Client 0: interrupted" if flags_checked else "")
 
@@ -324,8 +323,8 @@ def test_full_disk_keeps_the_last_good_checkpoint_and_is_tried_again_each_round(
     record_fault(
         "disk full",
         "file system of 1 MB filled after round 1, room made after round 3",
-        "told each round, the last good checkpoint intact, training continues; nothing is missing "
-        "at the end",
+        "reported each round, the last good checkpoint intact, training continues; nothing is "
+        "missing at the end",
         stock="writes nothing at all",
     )
 
@@ -479,7 +478,7 @@ def truncate(run: Path) -> None:
 def rewrite(
     change: Callable[[dict[str, np.ndarray]], object], **notes: str
 ) -> Callable[[Path], None]:
-    """Change the checkpoint's arrays, or what it says of itself."""
+    """Change the checkpoint's arrays, or what it notes."""
 
     def damage(run: Path) -> None:
         path = run / "checkpoint.safetensors"

@@ -10,9 +10,10 @@ import pytest
 from plumbing.security import keys
 from plumbing.security.admissions import Admissions
 from plumbing.security.owner import admit
-from tests.conftest import ROOT
+from tests.conftest import LONG, ROOT
 
 DEVICES = 12
+long_form = pytest.mark.skipif(not LONG, reason="with LONG=1; the next row shows the same limit")
 
 
 @pytest.fixture
@@ -45,7 +46,10 @@ def honest(launch):
 
 def peak_megabytes(pid: int) -> int:
     """Return VmHWM; 0 for a process that has ended."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    try:
+        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
     return int(found[1]) * 1024 // 1_000_000 if found else 0
 
 
@@ -53,19 +57,19 @@ def rounds_of(run: Path) -> list[dict]:
     return [*map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
 
 
+REASONS = {
+    "device stall-0": "offered its update, then sent nothing for",
+    "device stall-1": "offered its update, then sent nothing for",
+    "device trickle-0": "offered its update, then sent ",
+}
+
+
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(
-    ("behaviour", "reason"),
-    [
-        ("stall", "offered its update, then sent nothing for"),
-        ("trickle", "offered its update, then sent "),
-    ],
-)
 def test_devices_that_offer_and_send_nothing_cost_the_others_seconds_and_no_round(
-    start_server, honest, hostile, tmp_path, record_fault, behaviour, reason
+    start_server, honest, hostile, tmp_path, record_fault
 ):
     server, address = start_server(
-        rounds="2",
+        rounds="2" if LONG else "1",
         model="ResNet18",
         data_dir="synthetic:100",
         min_num_clients="4",
@@ -73,22 +77,23 @@ def test_devices_that_offer_and_send_nothing_cost_the_others_seconds_and_no_roun
         num_partitions="4",
         round_timeout="10",
     )
-    hostile(address, 3, behaviour)
-    server.wait_for("device h2 joined|device h1 joined", 60)
+    hostile(address, 2, "stall")
+    hostile(address, 1, "trickle")
+    for _ in REASONS:
+        server.wait_for("device (stall|trickle)-. joined")
     honest(address)
     assert server.finish(150) == 0, server.output
     rounds = rounds_of(tmp_path / "run")
     print(server.output)
     for line in rounds:
         assert [device["name"] for device in line["devices"]] == ["device 0"]
-        assert sorted(drop["name"] for drop in line["dropped"]) == [
-            f"device h{i}" for i in range(3)
-        ]
-        assert all(reason in drop["reason"] for drop in line["dropped"]), line["dropped"]
+        dropped = {drop["name"]: drop["reason"] for drop in line["dropped"]}
+        assert dropped.keys() == REASONS.keys()
+        assert all(REASONS[name] in reason for name, reason in dropped.items()), dropped
         assert line["seconds"] < 25, line["seconds"]
     record_fault(
-        f"3 of 4 devices with ResNet18 offer their update ({behaviour})",
-        "--round_timeout 10; they send " + ("nothing" if behaviour == "stall" else "64 kB"),
+        "3 of 4 devices with ResNet18 offer their update",
+        "--round_timeout 10; two send nothing of it, one 64 kB",
         "dropped by name; the honest device counts in each round, which took "
         + ", ".join(f"{line['seconds']:.0f} s" for line in rounds),
         max(line["seconds"] for line in rounds),
@@ -100,7 +105,7 @@ def test_devices_that_offer_and_send_nothing_cost_the_others_seconds_and_no_roun
     ("behaviour", "secure", "reason", "most_megabytes"),
     [
         ("whole 88", True, "the connection broke", 100),
-        ("whole 88", False, "the connection broke", 100),
+        pytest.param("whole 88", False, "the connection broke", 100, marks=long_form),
         ("stock 88", False, "the connection broke", 100),
         ("whole 46", False, "where it had to offer its update", 1000),
         ("stock 46", False, "not float32", 700),
@@ -114,7 +119,7 @@ def test_replies_that_are_no_offers_do_not_fill_the_memory(
     if secure:
         out = tmp_path / "devices"
         authority = keys.Authority(tmp_path / "owner")
-        cids = [f"h{i}" for i in range(DEVICES)]
+        cids = [f"{behaviour}-{i}" for i in range(DEVICES)]
         list(admit(authority, Admissions(tmp_path / "owner"), cids, out))
         flags, directory = ["--secure", f"--keys={tmp_path / 'owner'}"], [out]
     server, address = start_server(
@@ -128,15 +133,15 @@ def test_replies_that_are_no_offers_do_not_fill_the_memory(
         num_partitions=str(DEVICES),
         round_timeout="30",
     )
-    before = peak_megabytes(server.popen.pid)
+    before = peak = peak_megabytes(server.popen.pid)
     hostile(address, DEVICES, behaviour, megabytes, *directory)
     dropped: list[str] = []  # stock clients have no names
     while len(dropped) < DEVICES:
         found = server.wait_for(r"round 1: dropped (device \S+): (.*)", 60)
         assert reason in found[2]
+        peak = max(peak, peak_megabytes(server.popen.pid))  # it ends with the last one
         if found[1] not in dropped or behaviour == "stock":
             dropped.append(found[1])
-    peak = peak_megabytes(server.popen.pid) or before
     print(f"{DEVICES} x {megabytes} MB, {behaviour}, secure {secure}: {before} MB, peak {peak} MB")
     assert peak - before < most_megabytes
     record_fault(

@@ -114,7 +114,7 @@ def read(data: bytes, pieces: list[bytes]) -> Update:
 
 
 def anything(data: bytes) -> None:
-    """A reply to another question, an evaluate reply say: no decoder takes it."""
+    """A reply to another question, such as an evaluate reply: no decoder takes it."""
     for decode in (greeting, fit, pieces):
         try:
             decode(data)

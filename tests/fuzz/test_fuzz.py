@@ -1,4 +1,4 @@
-"""No bytes of a device do more than get it refused: fuzzed for 20 s, with LONG=1 for 5 min.
+"""No bytes of a device do more than get it refused: fuzzed for 6 s, with LONG=1 for 5 min.
 
 atheris does it where it can be imported, from the inputs in corpus/ on. Everywhere hypothesis
 changes the same inputs, for a while; where it is alone, for longer.
@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import ROOT
+from tests.conftest import LONG, ROOT
 from tests.fuzz import targets
 
 HERE = Path(__file__).resolve().parent
 CORPUS = {path.name: path.read_bytes() for path in sorted((HERE / "corpus").iterdir())}
-SECONDS = 300 if os.environ.get("LONG") == "1" else 20
+SECONDS = 300 if LONG else 6
 
 # In another process: atheris changes Python's import system.
 HAS_ATHERIS = not subprocess.call(

@@ -349,7 +349,7 @@ def test_importing_it_costs_neither_torch_nor_grpc():
     assert not {"torch", "grpc", "flwr", "numpy"} & set(modules.split())
 
 
-# Free memory: what the kernel says of the board, and the limits of containers and services.
+# Free memory: what the kernel reports of the board, and the limits of containers and services.
 
 MEMINFO = "MemTotal: 931768 kB\nMemFree: 1024 kB\nMemAvailable: 500000 kB\nSwapFree: 102396 kB\n"
 BOARD = (500_000 * 1024, 102_396 * 1024)

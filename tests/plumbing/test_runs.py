@@ -130,11 +130,11 @@ def test_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path, capsys, dama
     server_round, weights, *_ = load_checkpoint(run, WEIGHTS, "Net")
     assert server_round == 2
     np.testing.assert_array_equal(weights["a"], weights_of(2)["a"])
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert reason.format(last=last) in said
-    assert str(last) in said
-    assert said.endswith(f"; using '{previous}' of round 2\n")
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert reason.format(last=last) in printed
+    assert str(last) in printed
+    assert printed.endswith(f"; using '{previous}' of round 2\n")
 
     resumed = RunDirectory(run, CONFIG, resumed_round=2)
     assert recorded_rounds(run) == [1, 2]
@@ -221,9 +221,9 @@ def test_failed_write_leaves_the_last_checkpoint_and_loses_no_metrics(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_room)
         run.save(2, WEIGHTS, metrics={"server_round": 2})
-    said = capsys.readouterr().err
-    assert "round 2: cannot write to" in said
-    assert "(No space left on device); training continues" in said
+    printed = capsys.readouterr().err
+    assert "round 2: cannot write to" in printed
+    assert "(No space left on device); training continues" in printed
     assert (run.path / "checkpoint.safetensors").read_bytes() == good
     assert recorded_rounds(run.path) == [1]
     assert not list(run.path.glob("*.part"))
@@ -425,10 +425,10 @@ def test_line_of_another_shape_is_left_out_and_reported_in_one_line(tmp_path, ca
     with (run.path / "metrics.jsonl").open("a", errors="surrogateescape") as file:
         file.write(line + "\n")
     assert [row["server_round"] for row in run.rounds()] == [1, 2]
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert len(said) < 400
-    assert f"'{run}/metrics.jsonl' line 3: {reason}" in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert len(printed) < 400
+    assert f"'{run}/metrics.jsonl' line 3: {reason}" in printed
 
     run.close()
     RunDirectory(run.path, CONFIG, resumed_round=2)

@@ -1,4 +1,4 @@
-"""What a device says while it cannot take part yet."""
+"""What a device prints while it cannot take part yet."""
 
 import contextlib
 import socket
@@ -20,7 +20,7 @@ from tests.devices import Recorder
 
 
 class Named:
-    """A device that only says its name."""
+    """A device that reports only its name."""
 
     def __init__(self, cid):
         self.cid = cid

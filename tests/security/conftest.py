@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import json
-import os
 import socket
 import ssl
 import subprocess
@@ -37,7 +36,6 @@ from plumbing.stream.fleet import StreamFleet
 from tests.conftest import ROOT, Process
 from tests.devices import Adder, Recorder
 
-LONG = os.environ.get("LONG") == "1"
 HOUR = datetime.timedelta(hours=1)
 LOCAL_NAMES = ["127.0.0.1", "::1", "localhost"]
 
@@ -278,7 +276,7 @@ def refusal(opened: grpc.Channel, request: bytes, method: str = ENROL) -> str:
 
 
 class Impostor:
-    """Stands where devices look for their server; keeps what they tell it."""
+    """Listens where devices look for their server; keeps what they send."""
 
     def __init__(self, pair: Pair, chain: bytes, folder: Path) -> None:
         path = folder / f"impostor-{id(self)}.pem"

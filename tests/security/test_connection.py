@@ -122,7 +122,7 @@ def test_certificate_that_is_refused_in_the_handshake(fleet, knock, bad_pair):
 
 
 def test_certificate_that_was_never_admitted_is_refused(fleet, recorder):
-    stranger = rogue("0", signer=fleet.gate.authority)  # the owner lost the list, say
+    stranger = rogue("0", signer=fleet.gate.authority)  # as after the owner lost the list
     assert "the key of device 0 is not admitted here; join again" in hello(fleet, stranger)
     recorder.until(recorder.lines)
     assert recorder.lines() == [

@@ -239,8 +239,8 @@ def test_programs_that_start_at_once_share_one_authority(tmp_path):
     ]
     time.sleep(1)  # whoever is not there by then starts a little later
     (tmp_path / "go").touch()
-    said = {process.communicate(timeout=60)[0].decode() for process in running}
-    assert said == {keys.Authority(tmp_path / "keys").hash + "\n"}
+    printed = {process.communicate(timeout=60)[0].decode() for process in running}
+    assert printed == {keys.Authority(tmp_path / "keys").hash + "\n"}
     assert not list((tmp_path / "keys").glob("*.part"))
 
 
@@ -333,7 +333,7 @@ def test_damaged_key_file_is_told_without_its_content(fleet, identity, length):
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(FederationError, match=r"device-0\.pem' is damaged .*; remove it, and join"):
         identity("0")
-    identity("0", token=token_for(fleet.gate))  # joining anew needs no removal
+    identity("0", token=token_for(fleet.gate))  # joining again needs no removal
 
 
 def test_damaged_key_of_a_join_that_was_cut_short_is_made_anew(fleet, identity):

@@ -1,4 +1,4 @@
-"""What a clumsy owner is told: one line, what is wrong and what to do, and exit code 1."""
+"""What an owner sees after a mistake: one line, what is wrong and what to do, and exit code 1."""
 
 import contextlib
 import io

@@ -246,7 +246,7 @@ def test_device_behind_the_servers_certificate_waits(
         assert "this device's clock shows" in str(error.value)
         assert "the server's certificate is for" in str(error.value)
         assert not isinstance(error.value, Refused)
-    # As after the server's own clock was set back: what it shows is made anew.
+    # As after the server's own clock was set back: it makes a new certificate.
     threading.Thread(target=serve, args=(fleet.address, device), daemon=True).start()
     Recorder(fleet).wait_for(1, seconds=30)
 

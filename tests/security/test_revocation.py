@@ -190,9 +190,9 @@ def test_device_revoked_while_it_is_away_is_refused_and_may_join_anew(
     devices("revoke", "0")
     with pytest.raises(Refused, match="device 0 was revoked"):
         serve(fleet.address, key_file)
-    anew = identity("0", token=token_for(fleet.gate))
+    again = identity("0", token=token_for(fleet.gate))
     old_key = key_file.credentials
-    join(fleet, anew)
+    join(fleet, again)
     recorder.wait_for(1)
     assert "the key of device 0 is not admitted here" in hello(fleet, old_key)
     assert hello(fleet, identity("0").credentials) == "ok"

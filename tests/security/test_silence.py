@@ -1,4 +1,4 @@
-"""Peers that open a connection and then say nothing: they are hung up on, and in nobody's way."""
+"""Peers that open a connection and then send nothing: they are hung up on, and hold nobody up."""
 
 import socket
 import ssl
@@ -37,9 +37,9 @@ def read_to_the_end(peer: socket.socket) -> None:
         pass
 
 
-@pytest.mark.parametrize("said", ["nothing", "half the opening", "the opening", "and a key"])
+@pytest.mark.parametrize("sent", ["nothing", "half the opening", "the opening", "and a key"])
 def test_half_open_handshakes_keep_nobody_out_and_end(
-    open_fleet, identity, monkeypatch, tmp_path, said
+    open_fleet, identity, monkeypatch, tmp_path, sent
 ):
     monkeypatch.setattr(fleet_module, "HANDSHAKE_SECONDS", 2)
     fleet = open_fleet()
@@ -51,12 +51,12 @@ def test_half_open_handshakes_keep_nobody_out_and_end(
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
     context.load_cert_chain(tmp_path / "device.pem")
-    words = {"half the opening": opening()[:100], "the opening": opening()}.get(said, b"")
+    words = {"half the opening": opening()[:100], "the opening": opening()}.get(sent, b"")
     with ExitStack() as stack:
         peers = []
-        for _ in range(50 if said == "and a key" else HALF_OPEN):
+        for _ in range(50 if sent == "and a key" else HALF_OPEN):
             peer = socket.create_connection(parse_address(fleet.address), timeout=30)
-            if said == "and a key":  # TLS stands, but HTTP/2 does not come
+            if sent == "and a key":  # TLS stands, but HTTP/2 does not come
                 peer = context.wrap_socket(peer)
             peers.append(stack.enter_context(peer))
             if words:
