@@ -41,7 +41,7 @@ Report = Callable[[int, int, SupportsFloat, float], None]
 
 
 class Trainer(Protocol):
-    """What learns on this device, and from what: PyTorch's is in torch_trainer.py."""
+    """The model of this device and the images it learns from; torch_trainer.py has PyTorch's."""
 
     model: str  # the name that the server has to have, too
     names: list[str]  # of the weights, in the order in which they cross the wire
@@ -201,8 +201,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "where this device's key is (default: $KEYS_DIR or ~/.config/flower-embedded)",
         metavar="DIR",
     )
-    parser.switch("insecure", "an open server, although there is a key")
-    parser.switch("join_only", "get a key with --join, and end")
+    parser.switch("insecure", "join a server without --secure, although there is a key")
+    parser.switch("join_only", "get a key with --join, and exit")
     parser.flag(
         "max_wait_seconds", "give up after S s without server (default: never)", type=float,
         metavar="S",

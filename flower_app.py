@@ -53,7 +53,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def answer(message: Message, context: Context, ask: Callable[[Client], RecordDict]) -> Message:
     """Return a node's reply: what `ask` gets from its Client, or why there is nothing."""
-    # What the node is started with (--node-config) goes before what the run says.
+    # What the node is started with (--node-config) overrides the run's settings.
     config = underscored(context.run_config) | underscored(context.node_config)
     try:
         if config["threads"]:

@@ -4,9 +4,9 @@
 #   ./run_engine.sh                            two simulated nodes, three rounds, Net
 #   ./run_engine.sh --nodes 100 --rounds 5     settings are those of server.py
 #   ./run_engine.sh --superlink                a SuperLink and two SuperNodes
-#   ./run_engine.sh --resume runs/DIR          go on with a run, also with one of server.py
+#   ./run_engine.sh --resume runs/DIR          continue a run, also one of server.py
 #
-# docs/engine.md tells what the engine is for.
+# docs/engine.md describes the engine.
 [ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # sh run_engine.sh
 set -euo pipefail
 

@@ -128,7 +128,7 @@ clients=$(option min_num_clients "$clients" "$@")
 address=$(option server_address "$address" "$@")
 keys=$(absolute "$(option keys "${keys:-$scratch/keys}" "$@")")
 
-# Not into a folder with other things: what belongs there the server explains.
+# Not into a folder with other things; the server reports what that folder lacks.
 if [[ $data_dir != synthetic* && ! -d $data_dir/train && ! -d $data_dir/cifar-10-batches-py &&
   ($data_dir == "$root/data" || ! -d $data_dir || -z $(ls -- "$data_dir")) ]]; then
   [[ -z $resume ]] || die "no images in '$data_dir', where the run has them; bring them back, or name their new place with --data_dir"

@@ -172,9 +172,9 @@ def serve(settings: RunSettings, args: argparse.Namespace) -> None:
         return fleet
 
     def call_devices_once_more(fleet: Fleet, directory: RunDirectory, observe: Observer) -> None:
-        """Wait for the devices of a run that is over, which end when they hear of it."""
+        """Wait for the devices of a run that is over, so that they learn of it and end."""
         if (directory.path / "model.safetensors").exists():
-            return  # the server that wrote it has parted from its devices
+            return  # the server that wrote it has dismissed its devices
         print("waiting for devices, to let them end")
         deadline = time.monotonic() + LAST_CALL_SECONDS
         while len(fleet.devices) < settings.min_num_clients and time.monotonic() < deadline:

@@ -10,7 +10,6 @@ import platform
 import secrets
 import shlex
 import sys
-import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -31,7 +30,7 @@ from plumbing import cli
 from plumbing.checkpoints import load_checkpoint, load_fitting
 from plumbing.publish import PUBLISHED, Publication
 from plumbing.report import Console, draw_report, print_classes, shortened, step_record
-from plumbing.runs import RunDirectory, provenance
+from plumbing.runs import RunDirectory, new_run_name, provenance
 from torch_heads import FROZEN, HeadTest, Publisher, has_head, make_card
 
 ROOT = Path(__file__).resolve().parent
@@ -197,7 +196,7 @@ def open_run(
     run_id: str,
 ) -> RunDirectory:
     """Return the directory of this run, with its settings written."""
-    default = ROOT / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.model}"
+    default = ROOT / "runs" / new_run_name(settings.model)
     config = {
         **asdict(settings),
         **vars(args),

@@ -30,11 +30,11 @@ def partition(labels: np.ndarray, num_partitions: int, scheme: str, seed: int) -
     """
     kind, alpha = parse_partition(scheme)
     if kind in ("auto", "none"):
-        raise ValueError(f"partition '{scheme}' is no way to split")
+        raise ValueError(f"partition '{scheme}' does not split")
     if not 1 <= num_partitions <= len(labels):
         raise FederationError(
             f"cannot split {len(labels)} images into {num_partitions} parts; "
-            f"take 1 to {len(labels)}, or more images"
+            f"choose 1 to {len(labels)}, or add images"
         )
     rng = np.random.default_rng(seed)
     sizes = [len(part) for part in np.array_split(np.empty(len(labels)), num_partitions)]
@@ -51,7 +51,7 @@ def partition(labels: np.ndarray, num_partitions: int, scheme: str, seed: int) -
         while (missing := size - taken.sum()) > 0:
             rest = left - taken
             mix[rest == 0] = 0
-            if mix.sum() == 0:  # at first, and when the classes that this part likes are used up
+            if mix.sum() == 0:  # at first, and when the classes of this mix are used up
                 mix[rest > 0] = rng.dirichlet(alpha * rest[rest > 0] / rest.sum())
             draw = rng.multinomial(missing, mix / mix.sum())
             taken += np.minimum(draw, left - taken)

@@ -79,7 +79,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Left:
-    """A device's connection ended; a job of its may still be finished when it is back."""
+    """A device's connection ended; its job may still be finished when it is back."""
 
     device: Device
     reason: str = LOST
@@ -216,7 +216,7 @@ class Fleet(ABC):
             patience: seconds, then its connection is closed if it still works on the job.
         """
         if device.job is job:
-            device.job, device.late = None, True  # it must not keep the model of its round here
+            device.job, device.late = None, True  # a late job keeps no model in memory
         self._abandon(device, job, patience)
 
     def wait(self, timeout: float | None = None) -> Event | None:
@@ -240,7 +240,7 @@ class Fleet(ABC):
         return []
 
     def close(self, run_is_over: bool) -> None:  # noqa: B027 - a fleet may have nothing to close
-        """Part from the devices: for good, or until the run goes on."""
+        """Dismiss the devices: for good, or until the run continues."""
 
     @abstractmethod
     def _start(self, device: Device, job: Job) -> None: ...
@@ -482,8 +482,8 @@ class _Round:
         self.reasons: list[str] = []  # of this attempt's drops
         expected: dict[str, tuple[Device, Job]] = {}  # by cid; in the end it is empty
         lost: set[str] = set()  # of these, whose connection broke; they may come back
-        # Of these, who are done. The fleet drops a device that does not send its update in time;
-        # how long that takes depends on the others as well.
+        # Of these, who have trained. The fleet drops a device that does not send its update in
+        # time; how long that takes depends on the others as well.
         offered: set[str] = set()
         jobs = training.jobs(self.plan.job_id(self.server_round))
         self.sampled = len(jobs)

@@ -351,7 +351,7 @@ class Training:
 
 
 def to_record(weights: Weights) -> ArrayRecord:
-    """Return the arrays of floats; integers are no business of a strategy."""
+    """Return the arrays of floats; those of integers go through no strategy."""
     return ArrayRecord({n: Array(a) for n, a in weights.items() if a.dtype.kind == "f"})
 
 

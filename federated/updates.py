@@ -132,7 +132,7 @@ def lower_median(numbers: Iterable[float]) -> float:
 class Bounds:
     """What an update may weigh and how far it may go, learned from earlier updates.
 
-    One device must not outweigh the others by its word alone, nor replace the model by one
+    One device must not outweigh the others by what it claims, nor replace the model by one
     enormous update. Both bounds are known before a reply arrives, since the mean is a running
     one. They are relative to the lower median, which half of the devices must be dishonest to
     move; of two devices nobody can know which one is right.
@@ -155,7 +155,9 @@ class Bounds:
         """Return how large the norm of an update in this round may be."""
         if self.max_norm:
             return self.max_norm
-        return self.NORM_FACTOR * self._usual_norm(model) or math.inf  # all 0: nothing to go by
+        return (
+            self.NORM_FACTOR * self._usual_norm(model) or math.inf
+        )  # all weights are 0: there is no measure
 
     def examples_limit(self, declared: Iterable[int]) -> int:
         """Return how many examples of one device may count.

@@ -30,7 +30,7 @@ from federated.settings import RunSettings
 NEEDED = ("numpy", "grpc", "google.protobuf", "torch")
 
 ENVIRONMENT = {
-    # Flower reads these when it is imported. Nothing here phones home.
+    # Flower reads these when it is imported; with them it reports nothing to its makers.
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     # gRPC reads this when it is imported. It has no switch for TLS 1.3 alone
@@ -73,10 +73,10 @@ def _is_installed(name: str) -> bool:
 
 
 def _spare_the_imports() -> None:
-    """Look for garbage among what imports leave once, then never again.
+    """Let the garbage collector look at what the imports make once, and never again.
 
-    These are 300,000 objects, and looking at them again and again takes a fifth of a short
-    run's processor time. Nor is there a look at the end, when all memory is freed anyway.
+    These are 300,000 objects, and to look at them in each collection takes a fifth of a short
+    run's processor time. There is none at the end either, when all memory is freed anyway.
     """
     usual = gc.get_threshold()
 
@@ -93,7 +93,7 @@ def _spare_the_imports() -> None:
 
 @contextlib.contextmanager
 def ready(program: str) -> Iterator[None]:
-    """Run a main program's story: errors become one line on stderr and an exit code.
+    """Run a main program: errors become one line on stderr and an exit code.
 
     Ctrl-C and SIGTERM raise in it, so that everything is cleaned up; the exit codes are those
     that a shell gives.

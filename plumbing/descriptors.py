@@ -1,4 +1,4 @@
-"""File descriptors: each connection takes one, and the run's own files must not go without.
+"""File descriptors: each connection takes one, and some must be left for the run's own files.
 
 Connections meet a limit that is RESERVE below what the process may open; the difference is
 there for code that writes a file:
@@ -25,7 +25,7 @@ from federated.errors import FederationError
 RESERVE = 64
 OTHERS = 64  # a server's own files, and connections that are being made
 MOST = 1 << 14  # raised no further: at 20 kB a connection, strangers can take 330 MB of memory
-PATIENCE_SECONDS = 30.0  # for strangers who took the reserve to be hung up on
+PATIENCE_SECONDS = 30.0  # until strangers' connections that took the reserve are closed
 PAUSE_SECONDS = 0.1
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class Reserve:
         """Call `function`, which opens files, with the reserve released.
 
         A flood of connections may take the reserve in this instant. It is free again when they
-        are hung up on: until then the call is repeated, so that it must be fit for that.
+        are closed: until then the call is repeated, which must do no harm.
         """
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:

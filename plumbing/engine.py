@@ -31,9 +31,8 @@ from typing import Any
 import psutil
 
 from federated.errors import FederationError
-from federated.partitions import parse_partition
 from federated.settings import EngineSettings, RunSettings
-from plumbing.runs import load_config, newest_run
+from plumbing.runs import load_config, new_run_name, newest_run
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_FLWR = (1, 42)  # what requirements-engine.txt pins
@@ -74,7 +73,6 @@ def check_args(args: argparse.Namespace) -> RunSettings:
     """Raise FederationError for what cannot work, before anything is started."""
     settings = RunSettings(**{f.name: getattr(args, f.name) for f in fields(RunSettings)})
     settings.check()
-    parse_partition(settings.partition)
     if args.nodes < settings.min_num_clients:
         raise FederationError(
             f"--nodes {args.nodes} is below --min_num_clients {settings.min_num_clients}; the run "
@@ -112,7 +110,7 @@ def find_data(data_dir: str) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     problem = (done.stdout.strip().splitlines() or [""])[-1].removeprefix("utils.py: ")
     if done.returncode == NO_INTERNET:
-        print(f"{problem}; going on with synthetic images")
+        print(f"{problem}; using synthetic images")
         return "synthetic"
     if done.returncode:
         raise FederationError(problem)
@@ -164,7 +162,7 @@ class Processes:
         return lines[-1] if lines else "it printed nothing"
 
     def end(self) -> None:
-        """End all of them: politely first, then for good; new ones may have come meanwhile."""
+        """End all of them, by SIGKILL if they do not end; new ones may have come meanwhile."""
         deadline = time.monotonic() + END_SECONDS
         asked: set[int] = set()
         while running := psutil.Process().children(recursive=True):
@@ -223,7 +221,7 @@ def start_supernodes(processes: Processes, nodes: int, port: int) -> None:
 
 
 @contextlib.contextmanager
-def flower_home() -> Iterator[Path]:
+def open_flower_home() -> Iterator[Path]:
     """Return the directory for Flower's files: $FLWR_HOME, or one that is removed at the end."""
     if named := os.environ.get("FLWR_HOME"):
         home = Path(named).expanduser().absolute()
@@ -248,14 +246,12 @@ def run(args: argparse.Namespace) -> None:
     config["data_dir"] = find_data(args.data_dir)
     config["override"] = ",".join(asdict(settings))  # the run's own are among them already
     if (Path(config["data_dir"]) / "train").is_dir() and settings.partition == "auto":
-        config["partition"] = (
-            "iid"  # a node's own images are used whole, but here all have one disk
-        )
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.model}"
-    run_dir = Path(args.resume or args.run_dir or ROOT / "runs" / name).expanduser().absolute()
+        config["partition"] = "iid"  # elsewhere a node's images are its own; here all share them
+    run_dir = Path(args.resume or args.run_dir or ROOT / "runs" / new_run_name(settings.model))
+    run_dir = run_dir.expanduser().absolute()
     config["run_dir"] = str(run_dir)
     started = time.time()
-    with flower_home() as home:
+    with open_flower_home() as home:
         processes = Processes(home)
         try:
             start_superlink(processes, port, simulation=not args.superlink)

@@ -184,7 +184,7 @@ class GridFleet(Fleet):
         assert device
         if message.has_error() and message.error.code == NODE_UNAVAILABLE:
             self._lost |= {device.cid: request.job} if request.wanted else {}
-            return None  # it is about to be seen that the node is gone
+            return None  # the next look at the nodes shows that it is gone
         if not request.wanted:
             self._inbox.append(Freed(device))
             return Notice(f"{device.name} answered too late, which does not count")

@@ -49,7 +49,7 @@ class Console:
         self.where = f" ({tested_on})" if tested_on == SYNTHETIC else ""
         self._lock = threading.Lock()
         self._here: set[str] = set()  # cids
-        self._period: threading.Timer | None = None  # in which comings and goings are counted
+        self._period: threading.Timer | None = None  # in which joins and departures are counted
         self._shown = 0  # of them, with a line each
         self._held: list[Joined | Left] = []  # the others
         self._waiting_held: Waiting | None = None
@@ -84,7 +84,7 @@ class Console:
             self._print_held()
 
     def _print_held(self) -> None:
-        """Print the comings and goings that have no line yet, those of many devices in one."""
+        """Print the joins and departures that have no line yet, those of many devices in one."""
         held, self._held = self._held, []
         for kind, verb in ((Joined, "joined"), (Left, "left")):
             events = [event for event in held if isinstance(event, kind)]
@@ -319,7 +319,7 @@ def device_line(device: Mapping[str, Any], width: int = 10) -> str:
 
     Args:
         width: of the names' column.
-        device: an entry of "devices" in metrics.jsonl. Its "metrics" are the device's word:
+        device: an entry of "devices" in metrics.jsonl. Its "metrics" are what the device claims:
             what is missing, of another type or absurd is left out.
     """
     metrics = device.get("metrics")

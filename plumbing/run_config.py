@@ -6,16 +6,14 @@ python -m plumbing.run_config     prints what pyproject.toml must list in [tool.
 import argparse
 import json
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from federated.errors import FederationError
-from federated.partitions import parse_partition
 from federated.settings import EngineSettings, RunSettings, typed
-from plumbing.runs import load_config
+from plumbing.runs import load_config, new_run_name
 
 
 def flower_home() -> Path:
@@ -43,9 +41,8 @@ def read_config(config: Mapping[str, Any]) -> tuple[RunSettings, argparse.Namesp
         values = saved | {n: v for n, v in values.items() if n in override or v != defaults[n]}
     settings = RunSettings(**values)
     settings.check()
-    parse_partition(settings.partition)
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.model}"
-    run_dir = files.resume or files.run_dir or str(flower_home() / "runs" / name)
+    default = flower_home() / "runs" / new_run_name(settings.model)
+    run_dir = files.resume or files.run_dir or str(default)
     for what, path in (("data_dir", files.data_dir), ("run_dir", run_dir)):
         if not Path(path).is_absolute() and not path.startswith("synthetic"):
             raise FederationError(

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -547,6 +548,11 @@ def _git_state(root: Path) -> tuple[str | None, bool | None]:
     if done.returncode or not commit:
         return None, None
     return commit[1].decode(), bool(re.search(rb"^[^#]", done.stdout, re.MULTILINE))
+
+
+def new_run_name(model: str) -> str:
+    """Return what the directory of a new run is called by default."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{model}"
 
 
 def newest_run(runs: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Lines about strangers: short enough to read, and few however many strangers there are."""
+"""Lines on refused peers: short enough to read, and few however many peers there are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = 1000  # pairs of peer and reason that are counted apart in a period
 
 
 def bounded(line: str, length: int = LINE_LENGTH) -> str:
-    """Return `line`, a peer's words perhaps, as one printable line of at most `length`."""
+    """Return `line`, which may quote a peer, as one printable line of at most `length`."""
     cut = line[: length - 1] + "…" if len(line) > length else line
     return "".join(c if c.isprintable() else "?" for c in cut)
 

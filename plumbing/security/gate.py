@@ -37,17 +37,17 @@ from plumbing.security.identity import ENROL_REQUEST
 
 WAITING = 64  # enrolments at a time
 WAITING_EACH = 8  # of them from one address; others are turned away
-PENALTY_SECONDS = 1.0  # so long the answer to a wrong token takes
+PENALTY_SECONDS = 1.0  # that the answer to a wrong token is delayed
 TRY_LATER = "the server cannot use its list of devices for now, try later"
-PROBLEM_SECONDS = 10.0  # from one line on a list that cannot be used to the next
-LOOK_SECONDS = 10.0  # so often the machine's addresses are looked at
+PROBLEM_SECONDS = 10.0  # at least, between two lines on a list that cannot be used
+LOOK_SECONDS = 10.0  # between two looks at the machine's addresses
 
 
 def local_names(server_address: str, more: Iterable[str] = ()) -> list[str]:
-    """Return what this machine may be called by devices: names and addresses.
+    """Return the names and addresses by which devices may reach this machine.
 
     Raises:
-        FederationError: one of `more` can be no name, or the server's address is unknown.
+        FederationError: one of `more` cannot be a name, or the server's address is unknown.
     """
     more = list(more)
     for name in more:
@@ -215,7 +215,7 @@ class Gate:
         self.places = Places()
         self.refusals = Refusals(lambda line: self.report(line))
         self._problem_reported = -PROBLEM_SECONDS
-        # Apart, so that devices get in while another program keeps the list from being written.
+        # Two pools, so that devices are let in while another program blocks writing to the list.
         self._reads = ThreadPoolExecutor(4, "list-read")
         self._writes = ThreadPoolExecutor(1, "list-write")
 
@@ -227,7 +227,7 @@ class Gate:
         return grpc.dynamic_ssl_server_credentials(first, certificate, demand_key)
 
     async def check(self, context: grpc.aio.ServicerContext) -> Peer:
-        """Return whom the certificate proves the peer to be; end the call if it may not in."""
+        """Return whom the certificate proves the peer to be; end the call if it may not enter."""
         presented = context.auth_context().get("x509_pem_cert")
         if not presented:
             if not self._open_address:  # TLS demands a key at the other one

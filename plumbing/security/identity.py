@@ -279,7 +279,7 @@ def shown_certificates(server_address: str, seconds: float) -> list[x509.Certifi
     except OSError as error:
         if isinstance(error, ConnectionResetError):
             raise NoTLS(
-                "what listens there hangs up on TLS; start server.py with --secure"
+                "what listens there closes TLS connections; start server.py with --secure"
             ) from None
         raise NotYet((error.strerror or str(error)).lower()) from None
 
@@ -388,7 +388,7 @@ def connection_problem(
             f"this device's clock shows {keys.now():%Y-%m-%d %H:%M} UTC, the server's certificate "
             f"is for {begin:%Y-%m-%d} to {end:%Y-%m-%d}"
         ), False
-    return "the server hangs up on this device's certificate", False
+    return "the server rejects this device's certificate", False
 
 
 def _stranger(certificate: x509.Certificate) -> str:

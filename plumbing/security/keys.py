@@ -67,7 +67,7 @@ def default_keys_dir() -> Path:
 
 
 def private_directory(path: Path) -> Path:
-    """Make `path`, for its owner's eyes only; return it without symbolic links.
+    """Make `path`, readable by its owner alone; return it without symbolic links.
 
     Raises:
         FederationError: others can look into it or replace it, or it cannot be made.
@@ -140,7 +140,7 @@ def write_private(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Be the only program that sets up what is in a directory; the system ends it with us."""
+    """Lock a directory while its content is set up; the lock ends with this process, too."""
     try:
         handle = os.open(directory, os.O_RDONLY)
     except OSError as error:
@@ -416,7 +416,7 @@ def read_authority(path: Path) -> tuple[PrivateKey, x509.Certificate]:
     """Return an authority's key and certificate.
 
     Raises:
-        FederationError: as read_key_file, in words for the owner.
+        FederationError: as read_key_file; the message is for the owner.
     """
     try:
         state = path.stat()

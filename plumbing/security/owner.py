@@ -2,10 +2,10 @@
 
 python server.py devices                     list them: since when, last seen, from where
 python server.py devices token               a new token, also while the server runs
-python server.py devices revoke 3            cut device 3 off, now and from now on
+python server.py devices revoke 3            cut device 3 off, and do not let it in again
 python server.py devices revoke -- -h        a device with such a name, on an older list
-python server.py devices prune --days 90     remove the revoked, and who was not seen for 90 days
-python server.py devices admit 7 8 --out DIR make their key files, for a fleet's cards:
+python server.py devices prune --days 90     remove the revoked, and those not seen for 90 days
+python server.py devices admit 7 8 --out DIR make their key files, for SD cards:
                                              client.py --join=FILE, or ./run_pi.sh --join=FILE
 """
 
@@ -86,10 +86,10 @@ def main(argv: Sequence[str]) -> str | None:
             if not args.days > 0:
                 raise FederationError(f"--days {args.days:g} must be above 0")
             cids = admissions.prune(args.days)
-            print(f"removed {len(cids)} of the list" + (f": {', '.join(cids)}" if cids else ""))
+            print(f"removed {len(cids)} from the list" + (f": {', '.join(cids)}" if cids else ""))
         else:
             for path in admit(authority, admissions, args.cids, Path(args.out).expanduser()):
-                print(f"{path}: carry it to its device, join there with --join=FILE, delete it")
+                print(f"{path}: copy it to its device, join there with --join=FILE, delete it")
     except FederationError as error:
         return f"server.py: {error}"
     return None

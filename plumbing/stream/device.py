@@ -37,7 +37,7 @@ REPORT_SECONDS = 5.0  # then a report of progress that has not arrived is given 
 HELLO_SECONDS = 10.0  # gRPC itself tries for 20 s to reach an address that swallows packets
 MIN_PAUSE_SECONDS = 0.5
 HOPELESS_SECONDS = 60.0  # with the same wrong program at the address
-# A stock Flower server hangs up on a client that probes more often than every 300 s.
+# A stock Flower server disconnects a client that probes more often than every 300 s.
 STOCK_KEEPALIVE_SECONDS = 310.0
 
 # What a server answers to a device that it will not take however often it asks.
@@ -90,8 +90,8 @@ def serve(
     exception in the client's `fit` or `evaluate` is reported to the server, and survived.
 
     Args:
-        on_state: called with "connected to …" each time that the server has spoken on a
-            new connection, with "waiting for …" whenever there is none.
+        on_state: called with "connected to …" when the first message has come on a new
+            connection, with "waiting for …" whenever there is none.
         max_wait_seconds: give up after so long without a server; None is never.
         stay: when the run is over, wait for the next.
         identity: what both ends prove themselves by; without one the server must be open.

@@ -191,7 +191,7 @@ class StreamFleet(Fleet):
         return found
 
     def close(self, run_is_over: bool) -> None:
-        """Part from the devices and stop listening.
+        """Dismiss the devices and stop listening.
 
         Args:
             run_is_over: devices end, or with --stay wait for the next run; else they come
@@ -348,7 +348,7 @@ class StreamFleet(Fleet):
                     self._pass_on(reply)
                     del reply
         except asyncio.CancelledError:
-            # gRPC sends no status then: hung up on, the device would wait for ever.
+            # gRPC sends no status by itself then, and the device would wait for ever.
             if session and session.cut_off == REVOKED:
                 await context.abort(grpc.StatusCode.PERMISSION_DENIED, REVOKED)
             if session and not context.cancelled():
@@ -378,7 +378,7 @@ class StreamFleet(Fleet):
         try:
             data = await asyncio.wait_for(context.read(), GREETING_SECONDS)
             if data is grpc.aio.EOF:
-                raise BadReply("hung up")
+                raise BadReply("closed the connection")
             properties = wire.decode_properties_reply(data) or {}
         except (BadReply, TimeoutError) as error:
             reason = f"it did not report what it is ({error or 'no answer'})"

@@ -157,7 +157,7 @@ class Session:
         self._inbox: asyncio.Queue[Work | bytes] = asyncio.Queue()
 
     def give(self, work: Work) -> None:
-        """Let the device do some work."""
+        """Give the device a job."""
         self.work = work
         self._inbox.put_nowait(work)
 
@@ -288,7 +288,7 @@ class Session:
         if data is grpc.aio.EOF:
             # If the connection broke, or the reply is too large, gRPC cancels us in this time.
             await asyncio.sleep(0.5)
-            raise BadReply("hung up")
+            raise BadReply("closed the connection")
         return cast(bytes, data)
 
 

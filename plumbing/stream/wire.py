@@ -39,7 +39,7 @@ TENSOR_TYPE = "numpy.ndarray"
 
 # Between this project's server and devices a fit takes two requests. The first carries this
 # key, with a name for the round, in its config; the device answers without weights and with
-# the same key in its metrics: they can be had. The server asks for them when it has room, or
+# the same key in its metrics: it has trained. The server asks for them when it has room, or
 # never if the round is over; a device whose connection broke can offer them once more.
 ROUND_ID = "round_id"
 

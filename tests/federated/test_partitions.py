@@ -115,7 +115,7 @@ def test_empty_part_is_refused(scheme, num_partitions):
 @pytest.mark.parametrize("scheme", ["auto", "none"])
 def test_auto_and_none_are_no_split(scheme):
     assert parse_partition(scheme) == (scheme, 0)
-    with pytest.raises(ValueError, match=f"'{scheme}' is no way to split"):
+    with pytest.raises(ValueError, match=f"'{scheme}' does not split"):
         partition(LABELS, 2, scheme, 0)
 
 

@@ -234,13 +234,13 @@ def test_prune_removes_the_revoked_and_with_days_those_not_seen(make_gate, devic
     for cid in ("0", "1", "2"):
         admissions.admit(cid, f"hash {cid}", b"")
     admissions.revoke("1")
-    assert "removed 1 of the list: 1\n" in devices("prune")
-    assert "removed 0 of the list\n" in devices("prune")
+    assert "removed 1 from the list: 1\n" in devices("prune")
+    assert "removed 0 from the list\n" in devices("prune")
     assert [device.cid for device in admissions.all()] == ["0", "2"]
     with contextlib.closing(sqlite3.connect(admissions.path)) as db, db:
         db.execute("UPDATE devices SET last_seen = ? WHERE cid = '2'", [time.time() - 8 * 86400])
-    assert "removed 0 of the list\n" in devices("prune", "--days=9")
-    assert "removed 1 of the list: 2\n" in devices("prune", "--days=7")
+    assert "removed 0 from the list\n" in devices("prune", "--days=9")
+    assert "removed 1 from the list: 2\n" in devices("prune", "--days=7")
     assert [device.cid for device in admissions.all()] == ["0"]
     assert "is not admitted here" in admissions.objection("2", "hash 2")
     assert "--days 0 must be above 0" in devices("prune", "--days=0", code=1)
