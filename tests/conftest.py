@@ -53,6 +53,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    if preloaded.cache_info().currsize:
+        preloaded().close()
+
+
 @pytest.fixture
 def open_fleet() -> Iterator[Callable[..., StreamFleet]]:
     """Open a fleet on a free port."""

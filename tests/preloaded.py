@@ -19,9 +19,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Not gRPC, whose threads would not survive a fork, nor anything that imports it.
-PACKAGES = ("numpy", "torch", "matplotlib.figure", "matplotlib.backends.backend_agg", "PIL.Image",
-            "safetensors.numpy", "cryptography.x509", "google.protobuf.message")  # fmt: skip
+# Not gRPC, whose threads would not survive a fork, nor anything that imports it. httpx is the
+# largest of flwr's imports.
+PACKAGES = (
+    "numpy", "torch", "matplotlib.figure", "matplotlib.backends.backend_agg", "PIL.Image",
+    "safetensors.numpy", "cryptography.x509", "google.protobuf.message", "httpx",
+)  # fmt: skip
 
 
 class Program:
@@ -58,7 +61,7 @@ class Preloaded:
 
     def __init__(self) -> None:
         self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        subprocess.Popen(
+        self._process = subprocess.Popen(
             [sys.executable, __file__, str(other.fileno())],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},  # which torch reads when it is loaded
@@ -85,6 +88,11 @@ class Preloaded:
             os.close(theirs)
             self._started.acquire()
             return self._programs[self._pid]
+
+    def close(self) -> None:
+        """End the process that forks."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._process.wait(10)
 
     def _read(self) -> None:
         while data := self._socket.recv(1000):

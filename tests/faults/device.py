@@ -23,12 +23,14 @@ import numpy as np
 from federated.errors import FederationError
 from plumbing.security.identity import open_identity
 from plumbing.stream import device as transport
+from tests.devices import Adder
 
 
-class Adder:
+class GatedAdder(Adder):
+    """Adds to each weight, in each round once there is a file for it."""
+
     def __init__(self, cid: str, add: float, gate: Path | None) -> None:
-        self.cid = cid
-        self.add = add
+        super().__init__(cid, add)
         self.gate = gate
 
     def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +47,7 @@ class Adder:
         print(f"fit of round {server_round} from {crc:08x}", flush=True)
         while self.gate and not (self.gate / f"round-{server_round}").exists():
             time.sleep(0.02)
-        return [array + array.dtype.type(self.add) for array in parameters], 10, {}
+        return super().fit(parameters, config)
 
 
 def main() -> None:
@@ -63,7 +65,7 @@ def main() -> None:
     if args.max_pause:
         transport.MAX_PAUSE_SECONDS = transport.MIN_PAUSE_SECONDS = args.max_pause
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    device = Adder(args.cid, args.add, args.gate)
+    device = GatedAdder(args.cid, args.add, args.gate)
     began = time.monotonic()
     try:
         identity = args.keys and open_identity(args.keys, args.cid, args.join)

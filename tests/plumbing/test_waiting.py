@@ -16,30 +16,16 @@ from cryptography.x509.oid import NameOID
 from federated.errors import FederationError, Refused
 from plumbing.security import keys
 from plumbing.stream import device
-from tests.devices import Recorder
-
-
-class Named:
-    """A device that reports only its name."""
-
-    def __init__(self, cid):
-        self.cid = cid
-
-    def get_properties(self, config):
-        return {"cid": self.cid}
-
-
-def serve(fleet, cid):
-    device.serve(fleet.address, Named(cid), lambda state: None, max_wait_seconds=20)
+from tests.devices import Adder, Recorder
 
 
 def test_second_device_of_a_name_hears_at_once_why_it_waits(open_fleet, caplog):
     fleet = open_fleet(keepalive_seconds=1.0)
     recorder = Recorder(fleet)
-    threading.Thread(target=serve, args=(fleet, "0"), daemon=True).start()
+    threading.Thread(target=Adder("0").serve, args=(fleet.address,), daemon=True).start()
     recorder.wait_for(1)
     with caplog.at_level("INFO"), pytest.raises(Refused, match="--cid=0 is connected already"):
-        serve(fleet, "0")
+        Adder("0").serve(fleet.address)
     assert caplog.messages[0] == (
         "another connection has --cid=0; waiting up to 4 s for the server to give it up"
     )
@@ -120,7 +106,7 @@ def test_what_listens_at_the_address_is_named(listener, caplog, monkeypatch, tal
     monkeypatch.setattr(device, "HOPELESS_SECONDS", 1.5)
     address = listener(talk)
     with caplog.at_level("INFO"), pytest.raises(FederationError, match="giving up") as problem:
-        device.serve(address, Named("0"), lambda state: None, max_wait_seconds=6)
+        Adder("0").serve(address, max_wait_seconds=6)
     assert f"({what})" in str(problem.value)
     lines = [line for line in caplog.messages if line.startswith(f"no server at {address} yet")]
     assert all(f"yet ({what}), next try in" in line for line in lines)
@@ -135,5 +121,5 @@ def test_grpc_server_of_another_kind_is_named(caplog):
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     with pytest.raises(FederationError, match="does not know Flower's messages"):
-        device.serve(address, Named("0"), lambda state: None, max_wait_seconds=1)
+        Adder("0").serve(address, max_wait_seconds=1)
     server.stop(None)
