@@ -247,25 +247,30 @@ def test_client_gives_up_after_max_wait_seconds(start_client):
 
 
 OTHER_NET = """
-import sys, runpy, torch_trainer, utils
+import sys
+sys.path.insert(0, "{root}")
+from plumbing import cli
+cli.start("client.py")
+import client, torch_trainer, utils
 class Net(utils.Net):
     def __init__(self, num_classes=10):
         super().__init__(num_classes)
         {change}
 utils.MODELS["Net"] = Net
 torch_trainer.TorchTrainer.source = "c0ffee" * 10 + "beef"
-sys.argv = ["client.py", *sys.argv[1:]]
-import client
 client.main()
 """
 
 
-def test_other_code_under_the_same_name_is_refused_or_named(start_server, launch, start_client):
+def test_other_code_under_the_same_name_is_refused_or_named(
+    start_server, launch, start_client, tmp_path
+):
     server, address = start_server(rounds="1")
     flags = [f"--server_address={address}", "--data_dir=synthetic:400", "--cid=1"]
 
     def client_with(change):
-        return launch(sys.executable, "-c", OTHER_NET.format(change=change), *flags, cwd=ROOT)
+        (tmp_path / "client.py").write_text(OTHER_NET.format(root=ROOT, change=change))
+        return launch(sys.executable, tmp_path / "client.py", *flags)
 
     wider = client_with("self.fc1 = utils.nn.Linear(400, 121); self.fc2 = utils.nn.Linear(121, 84)")
     assert wider.finish() == 1

@@ -12,12 +12,13 @@ from tests.devices import Recorder, small_model
 # A program of this release, but for the number of its protocol.
 OTHER_RELEASE = """
 import sys
-sys.path.insert(0, sys.argv.pop(1))
+sys.path.insert(0, "{root}")
 from plumbing import cli
-cli.start(sys.argv[1] + ".py")
+cli.start("{program}.py")
 from plumbing.stream import wire
-program, wire.PROTOCOL = sys.argv[1], int(sys.argv[2])
-__import__(program).main(sys.argv[3:])
+wire.PROTOCOL = {version}
+import {program}
+{program}.main()
 """
 DEVICE = ["--cid=0", "--data_dir=synthetic:400", "--max_wait_seconds=20"]
 ADVICE = (
@@ -27,12 +28,14 @@ ADVICE = (
 
 
 @pytest.fixture
-def launch_release(launch):
+def launch_release(launch, tmp_path):
     """Start client.py or server.py as the release with that protocol."""
 
     def start(program, version, *arguments):
-        command = [sys.executable, "-c", OTHER_RELEASE, ROOT, program, str(version), *arguments]
-        return launch(*command)
+        path = tmp_path / f"release-{version}" / f"{program}.py"
+        path.parent.mkdir()
+        path.write_text(OTHER_RELEASE.format(root=ROOT, program=program, version=version))
+        return launch(sys.executable, path, *arguments)
 
     return start
 
