@@ -66,7 +66,7 @@ def server_complaint(tmp_path: Path, *arguments: str) -> str:
         (["--init_weights=none.safetensors"], "no weights file 'none.safetensors'"),
     ],
 )
-def test_server_says_what_is_wrong(tmp_path, arguments, message):
+def test_server_reports_what_is_wrong(tmp_path, arguments, message):
     line = server_complaint(tmp_path, *arguments)
     assert line.startswith("server.py: ")
     assert message in line
@@ -158,7 +158,9 @@ def test_run_directory_of_another_run_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system of 64 KiB takes root")
-def test_full_disk_is_told_each_round_and_ends_with_an_error(start_server, start_client, tmp_path):
+def test_full_disk_is_reported_each_round_and_ends_with_an_error(
+    start_server, start_client, tmp_path
+):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
@@ -237,7 +239,7 @@ def test_data_directories_without_use_are_refused_on_both_sides(tmp_path, main):
         (["--data_dir=synthetic:many"], "no data set 'synthetic:many'"),
     ],
 )
-def test_client_says_what_is_wrong(arguments, message):
+def test_client_reports_what_is_wrong(arguments, message):
     defaults = ("--server_address=127.0.0.1:1", "--cid=0", "--data_dir=synthetic:400")
     line = complaint(client.main, *defaults, *arguments)
     assert line.startswith("client.py: ")

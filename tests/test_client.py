@@ -34,7 +34,7 @@ def config(**changes) -> dict:
     return {"partition": "iid", "num_partitions": 2, "seed": 0, "batch_size": 10, **changes}
 
 
-def test_device_says_what_it_is_and_how_much_it_has(device):
+def test_device_reports_what_it_is_and_how_much_it_has(device):
     properties = device.get_properties(config())
     assert properties["cid"] == "1"
     assert properties["model"] == "Net"
@@ -44,7 +44,7 @@ def test_device_says_what_it_is_and_how_much_it_has(device):
     assert properties["machine"]
 
 
-def test_device_keeps_its_part_alone_and_cuts_anew_for_another_server(device):
+def test_device_keeps_its_part_alone_and_cuts_again_for_another_server(device):
     device.get_properties(config())
     first = device.trainer.data
     assert len(first) == 200
@@ -371,7 +371,7 @@ def unusable_gpu(monkeypatch):
     monkeypatch.setattr(torch, "ones", no_kernel)
 
 
-def test_gpu_that_cannot_multiply_is_told_and_the_cpu_trains(unusable_gpu, capsys):
+def test_gpu_that_cannot_multiply_is_reported_and_the_cpu_trains(unusable_gpu, capsys):
     assert torch_trainer.choose_device("auto") == "cpu"
     assert capsys.readouterr().out == (
         "the GPU fails at a matrix product (CUDA error: no kernel image is available); "
@@ -386,7 +386,7 @@ def test_gpu_that_cannot_multiply_is_an_error_where_it_is_demanded(unusable_gpu)
         torch_trainer.choose_device("cuda")
 
 
-def test_missing_gpu_is_told_where_one_is_expected(monkeypatch, capsys):
+def test_missing_gpu_is_reported_where_one_is_expected(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("NVIDIA_VISIBLE_DEVICES", raising=False)
     assert torch_trainer.choose_device("auto") == "cpu"
@@ -449,7 +449,7 @@ def test_terminal_is_asked_for_the_token_without_echo(tmp_path):
     assert mistyped not in out + err
 
 
-def test_keys_directory_of_another_user_is_told_and_the_way_out(tmp_path):
+def test_keys_directory_of_another_user_is_refused_with_the_way_out(tmp_path):
     keys = tmp_path / "keys"
     keys.mkdir()
     user = os.geteuid()

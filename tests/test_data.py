@@ -200,7 +200,7 @@ def test_split_that_is_not_there_is_an_error(tmp_path):
         load_data(tmp_path, "test")
 
 
-def test_directory_without_data_says_what_is_wrong_and_what_to_do(tmp_path):
+def test_directory_without_data_is_reported_with_what_is_wrong_and_what_to_do(tmp_path):
     todo = "put your images there, or fetch CIFAR-10 with: python utils.py --data_dir"
     with pytest.raises(FederationError, match=rf"nowhere' does not exist; {todo}"):
         load_data(tmp_path / "nowhere", "train")

@@ -601,7 +601,7 @@ def test_server_found_by_multicast_is_found_while_joining(device):
         (["--tokens", TOKEN], ["a token goes after --join="]),
     ],
 )
-def test_what_cannot_be_joined_with_is_told_and_not_shown(device, script, arguments, parts):
+def test_what_cannot_be_joined_with_is_refused_and_not_shown(device, script, arguments, parts):
     run = device.run(script, *ARGUMENTS, *arguments, board="jetson-r36.4")
     assert_refused(run, f"{script}: ", *parts)
     assert TOKEN not in run.err
@@ -674,7 +674,7 @@ def test_checkout_without_base_images_ends_it(device):
     assert run.of("run") == []
 
 
-def test_base_image_of_somebody_elses_making_is_built_anew(device):
+def test_base_image_of_another_origin_is_built_again(device):
     device.has_image("flower-embedded-base:cpu", "")
     assert device.pi(*ARGUMENTS).base_build
 
@@ -763,7 +763,7 @@ def test_buildkit_is_used_where_docker_has_it(device, version, no_buildx, buildk
         (["--server_address=$(reboot):80/x", "--cid=0"], ["is not HOST:PORT"]),
     ],
 )
-def test_wrong_arguments_are_told_before_anything_else(device, script, arguments, parts):
+def test_wrong_arguments_are_reported_before_anything_else(device, script, arguments, parts):
     run = device.run(script, *arguments, board="jetson-r36.4")
     assert_refused(run, f"{script}: ", *parts, calls=False)
 
@@ -800,12 +800,12 @@ def test_pi_has_no_cuda(device):
         ),
     ],
 )
-def test_board_that_cannot_is_told_what_to_do(device, env, parts):
+def test_unfit_board_is_refused_with_what_to_do(device, env, parts):
     assert_refused(device.pi(*ARGUMENTS, **env), "run_pi.sh: ", *parts)
 
 
 @pytest.mark.parametrize("script", ["run_pi.sh", "run_jetson.sh"])
-def test_missing_docker_is_told_with_the_command_that_installs_it(device, script):
+def test_missing_docker_is_reported_with_the_command_that_installs_it(device, script):
     (device.bin / "docker").unlink()
     run = device.run(script, *ARGUMENTS, board="jetson-r36.4")
     assert_refused(run, f"{script}: Docker is not installed", "get.docker.com", "usermod")
@@ -1089,7 +1089,7 @@ def test_detached_jetson_comes_back(device):
         ("jetson-r36.3", "NVIDIA Jetson AGX Orin Developer Kit", ["R36.3", "JetPack 6.1 or later"]),
     ],
 )
-def test_older_jetpack_says_why_and_runs_the_cpu_image(device, board, model, parts):
+def test_older_jetpack_gives_the_reason_and_runs_the_cpu_image(device, board, model, parts):
     run = device.jetson("--detach", *ARGUMENTS, board=board)
     assert run.code == 0
     for part in [*parts, "training on the CPU"]:
@@ -1118,7 +1118,7 @@ def test_cuda_demanded_of_an_older_jetpack_is_refused_at_once(device, board):
         ("32.7.6-20241104234540", "cpu"),
     ],
 )
-def test_package_tells_the_release_where_the_file_is_missing(device, version, image):
+def test_package_gives_the_release_where_the_file_is_missing(device, version, image):
     run = device.jetson(*ARGUMENTS, board="pi4", L4T_PACKAGE=version)
     assert f"flower-embedded:{image}" in run.command
 
@@ -1142,7 +1142,7 @@ def test_board_that_is_no_jetson_is_sent_to_run_pi(device, env):
     assert_refused(run, "run_jetson.sh: this is no Jetson", "./run_pi.sh", calls=False)
 
 
-def test_missing_nvidia_runtime_is_told_with_the_commands_that_add_it(device):
+def test_missing_nvidia_runtime_is_reported_with_the_commands_that_add_it(device):
     run = device.jetson(
         *ARGUMENTS, DOCKER_RUNTIMES=json.dumps({"runc": {"path": "/opt/nvidia/runc"}})
     )

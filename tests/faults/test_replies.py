@@ -363,7 +363,7 @@ def test_odd_metrics_do_no_harm(start_server, tmp_path, record_fault):
     )
 
 
-def test_update_far_away_is_dropped_if_the_operator_says_how_far(
+def test_update_far_away_is_dropped_beyond_the_operators_limit(
     start_server, tmp_path, record_fault
 ):
     server_process, address = start_server(

@@ -38,7 +38,7 @@ def test_each_setting_of_the_test_differs_from_its_default():
     assert all(value != defaults[name] for name, value in SETTINGS.to_config().items())
 
 
-def test_a_stock_server_that_says_nothing_gives_the_defaults():
+def test_a_stock_server_that_sends_nothing_gives_the_defaults():
     arrived = Settings.from_config(across_the_wire({}), default_lr=0.02)
     assert arrived == Settings(lr=0.02, lr_end=0.02)
     assert (arrived.epochs, arrived.batch_size, arrived.partition) == (1, 32, "none")

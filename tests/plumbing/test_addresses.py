@@ -42,7 +42,7 @@ def test_address_of_another_form_is_quoted_back(address):
     assert f"'{address}'" in str(error.value)
 
 
-def test_unknown_host_is_told_with_the_way_out():
+def test_unknown_host_is_reported_with_the_way_out():
     with pytest.raises(UnknownHost, match="cannot find the host 'no'"):
         resolve("no:80")
 

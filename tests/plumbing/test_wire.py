@@ -334,7 +334,7 @@ def test_a_device_that_could_not_train_is_quoted():
         wire.decode_fit_reply(message.SerializeToString())
 
 
-def test_what_a_device_says_cannot_move_the_cursor_or_fill_the_screen():
+def test_text_of_a_device_cannot_move_the_cursor_or_fill_the_screen():
     message = ClientMessage()
     message.fit_res.status.code = fl.Code.FIT_NOT_IMPLEMENTED.value
     message.fit_res.status.message = "\x1b[2J\n" * 10_000
@@ -344,7 +344,7 @@ def test_what_a_device_says_cannot_move_the_cursor_or_fill_the_screen():
     assert len(str(error.value)) < 3000
 
 
-def test_a_client_that_tells_nothing_of_itself_has_no_properties():
+def test_a_client_that_reports_nothing_of_itself_has_no_properties():
     message = ClientMessage()
     message.get_properties_res.status.code = fl.Code.GET_PROPERTIES_NOT_IMPLEMENTED.value
     assert wire.decode_properties_reply(message.SerializeToString()) is None
@@ -368,7 +368,7 @@ def test_settings_of_other_types_are_refused_before_they_are_sent():
         wire.encode_get_properties({"sizes": [1]})
 
 
-def test_a_request_that_makes_no_sense_says_so():
+def test_a_request_that_makes_no_sense_is_named():
     with pytest.raises(FederationError, match="the server sent what cannot be read"):
         wire.decode_request(b"\xff" * 9)
     with pytest.raises(FederationError, match="the server asks for 'nothing'"):

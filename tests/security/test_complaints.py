@@ -29,7 +29,7 @@ def test_first_refusals_are_reported_at_once_and_the_others_summed_up(lines):
     assert lines[3:] == ["refused 192.168.1.7 1,505 times more: hung up"]
 
 
-def test_peers_are_told_apart(lines):
+def test_peers_are_counted_apart(lines):
     refusals = Refusals(lines.append)
     for _ in range(100):
         refusals.add("192.168.1.7", "hung up")

@@ -50,7 +50,7 @@ def test_plain_text_is_hung_up_on(fleet):
         opened.unary_unary(transport.HELLO)(b"", timeout=10)
 
 
-def test_client_without_key_is_told_to_join_with_a_token(fleet):
+def test_client_without_key_is_asked_to_join_with_a_token(fleet):
     with pytest.raises(
         Refused, match="only devices that its owner admitted; join with --join=TOKEN"
     ):

@@ -388,7 +388,7 @@ def test_messages_of_somebody_unknown_are_not_read(fleet):
 # --- Guesses and floods ---
 
 
-def test_guesses_are_slowed_down_told_in_few_lines_and_leave_nothing(
+def test_guesses_are_slowed_down_reported_in_few_lines_and_leave_nothing(
     fleet, identity, join, recorder, monkeypatch
 ):
     """One address guesses as fast as it can, from eight connections; a device joins beside it."""
@@ -475,7 +475,7 @@ def test_guesses_are_slowed_down_told_in_few_lines_and_leave_nothing(
     )
 
 
-def test_refusals_with_many_different_words_are_told_in_few_lines(fleet, recorder, monkeypatch):
+def test_refusals_with_many_different_words_are_reported_in_few_lines(fleet, recorder, monkeypatch):
     monkeypatch.setattr(complaints, "PERIOD_SECONDS", 0.2)
     monkeypatch.setattr(gate_module, "PENALTY_SECONDS", 0.0)
     monkeypatch.setattr(complaints, "KINDS", 50)

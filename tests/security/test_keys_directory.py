@@ -81,7 +81,7 @@ def test_directory_that_others_can_look_into_is_refused(tmp_path, make_gate, mod
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="root alone can become somebody else")
-def test_directory_of_another_user_is_told_in_one_line():
+def test_directory_of_another_user_is_refused_in_one_line():
     code = """
         import os, sys
         from pathlib import Path
@@ -200,7 +200,7 @@ def test_authority_that_others_can_read_is_refused(make_gate, tmp_path):
         make_gate()
 
 
-def test_authority_on_a_disk_that_is_not_there_is_not_made_anew(make_gate, tmp_path):
+def test_authority_on_a_disk_that_is_not_there_is_not_made_again(make_gate, tmp_path):
     make_gate()
     path = tmp_path / "owner/authority.pem"
     (tmp_path / "disk").mkdir(mode=0o700)
@@ -288,7 +288,7 @@ def test_killed_at_any_step_of_the_first_start_the_next_one_works(tmp_path):
         assert public in Path(place, "authority.pem").read_bytes()
 
 
-def test_full_disk_is_told_in_one_line_and_leaves_no_half_authority(tmp_path):
+def test_full_disk_is_reported_in_one_line_and_leaves_no_half_authority(tmp_path):
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
     code += textwrap.dedent(MAKE)
     done = run_python("-c", code, tmp_path / "keys", cwd=ROOT)
@@ -303,7 +303,7 @@ def test_full_disk_is_told_in_one_line_and_leaves_no_half_authority(tmp_path):
 
 
 @pytest.mark.parametrize("length", [0, 10, 200, 400])
-def test_damaged_authority_is_told_and_not_replaced(make_gate, tmp_path, length):
+def test_damaged_authority_is_reported_and_not_replaced(make_gate, tmp_path, length):
     make_gate()
     path = tmp_path / "owner/authority.pem"
     damaged = path.read_bytes()[:length]
@@ -314,7 +314,7 @@ def test_damaged_authority_is_told_and_not_replaced(make_gate, tmp_path, length)
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"SQLite format 3\0" + b"\xff" * 4000])
-def test_damaged_list_is_told_in_one_line(make_gate, tmp_path, content):
+def test_damaged_list_is_reported_in_one_line(make_gate, tmp_path, content):
     make_gate()
     path = tmp_path / "owner/admissions.sqlite"
     path.write_bytes(content)
@@ -327,7 +327,7 @@ def test_damaged_list_is_told_in_one_line(make_gate, tmp_path, content):
 
 
 @pytest.mark.parametrize("length", [0, 100, 300, 500])
-def test_damaged_key_file_is_told_without_its_content(fleet, identity, length):
+def test_damaged_key_file_is_reported_without_its_content(fleet, identity, length):
     pair = admitted(fleet.gate)
     path = identity("0", pair, fleet.gate.authority.pem).path
     path.write_bytes(path.read_bytes()[:length])
@@ -336,7 +336,7 @@ def test_damaged_key_file_is_told_without_its_content(fleet, identity, length):
     identity("0", token=token_for(fleet.gate))  # joining again needs no removal
 
 
-def test_damaged_key_of_a_join_that_was_cut_short_is_made_anew(fleet, identity):
+def test_damaged_key_of_a_join_that_was_cut_short_is_made_again(fleet, identity):
     token = token_for(fleet.gate)
     device = identity("0", token=token)
     device.pending.write_bytes(device.mark + b"-----BEGIN PRIVATE KEY-----\n")
@@ -369,7 +369,7 @@ def test_names_are_those_of_this_machine_and_of_the_flags():
 
 
 @pytest.mark.parametrize("name", ["a b", "ü.example", "x\ny", "", "a/b", "http://a", "x" * 300])
-def test_name_that_is_none_is_told(name):
+def test_name_that_is_none_is_refused(name):
     with pytest.raises(FederationError, match="is no host name or IP address") as error:
         local_names("127.0.0.1:8080", [name])
     assert "\n" not in str(error.value)

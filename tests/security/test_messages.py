@@ -55,7 +55,7 @@ def test_server_flags_that_cannot_be(tmp_path, arguments, message):
     assert line.startswith("server.py: ") and message in line
 
 
-def test_second_address_that_is_in_use_is_told(tmp_path):
+def test_second_address_that_is_in_use_is_reported(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         line = complaint(
@@ -79,7 +79,7 @@ def test_server_that_the_internet_can_reach_insists_on_a_word(monkeypatch):
     server.check_args(*server.parse_args(["--server_address=127.0.0.1:0"]))
 
 
-def test_open_server_says_in_one_line_that_anyone_can_join(open_server, capsys):
+def test_open_server_prints_in_one_line_that_anyone_can_join(open_server, capsys):
     server.print_who_may_join(open_server)
     (line,) = capsys.readouterr().out.splitlines()
     assert line == (
@@ -123,13 +123,13 @@ def test_client_flags_that_cannot_be(tmp_path, arguments, message):
 
 
 @pytest.mark.parametrize("typed", [b"", b"\n\n", b"\xff\xfe", b"join1_abc"])
-def test_standard_input_without_a_token_is_told(tmp_path, monkeypatch, typed):
+def test_standard_input_without_a_token_is_refused(tmp_path, monkeypatch, typed):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
     assert "--join is n" in client_complaint(tmp_path, "--join=-")
 
 
 @pytest.mark.parametrize("damage", ["half of it", "no certificate", "of another device"])
-def test_key_file_that_will_not_do_is_told_without_its_content(make_gate, tmp_path, damage):
+def test_unusable_key_file_is_refused_without_its_content(make_gate, tmp_path, damage):
     gate = make_gate()
     key, certificate = rogue("7" if damage == "of another device" else "0", gate.authority)
     data = key + certificate + gate.authority.pem
@@ -158,7 +158,7 @@ def test_key_file_joins_again_and_again_and_keeps_the_renewed_certificate(make_g
     assert keys.certificate_pem(again.certificate) == renewed
 
 
-def test_secured_device_at_an_open_server_says_what_to_do(open_server, make_gate, identity):
+def test_secured_device_at_an_open_server_prints_what_to_do(open_server, make_gate, identity):
     gate = make_gate()
     for device in (
         identity("0", admitted(gate), gate.authority.pem),
@@ -262,7 +262,7 @@ def test_token_is_alone_on_standard_output_and_explained_beside_it(make_gate):
     assert done.stderr == "made a token for 3 devices, valid for 24 hours\n"
 
 
-def test_list_of_nobody_says_how_they_join(make_gate, devices):
+def test_empty_list_shows_how_devices_join(make_gate, devices):
     make_gate()
     assert "none so far; they join with --join=TOKEN" in devices()
 

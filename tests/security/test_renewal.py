@@ -215,7 +215,7 @@ def test_device_whose_clock_is_behind_waits_for_the_time_to_be_set(fleet, identi
     assert not isinstance(error.value, Refused)
 
 
-def test_device_whose_certificate_has_ended_says_so_and_what_its_clock_says(fleet, identity):
+def test_device_whose_certificate_has_ended_reports_that_and_its_clock(fleet, identity):
     pair = admitted(fleet.gate, begin=-9 * HOUR, end=-HOUR)
     with pytest.raises(
         Refused,
@@ -251,7 +251,7 @@ def test_device_behind_the_servers_certificate_waits(
     Recorder(fleet).wait_for(1, seconds=30)
 
 
-def test_authority_of_another_time_is_told(make_gate, monkeypatch):
+def test_authority_of_another_time_is_reported(make_gate, monkeypatch):
     make_gate()
     for years in (-1, 11):
         with monkeypatch.context() as patch:

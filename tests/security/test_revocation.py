@@ -183,7 +183,7 @@ def test_idle_device_is_cut_off_and_cannot_come_back(fleet, member, identity, re
             serve(fleet.address, identity("0"))
 
 
-def test_device_revoked_while_it_is_away_is_refused_and_may_join_anew(
+def test_device_revoked_while_it_is_away_is_refused_and_may_join_again(
     fleet, identity, join, devices, recorder
 ):
     key_file = identity("0", admitted(fleet.gate, "0"), fleet.gate.authority.pem)
@@ -226,7 +226,9 @@ def test_revocation_holds_at_two_servers_of_one_owner(open_fleet, make_gate, ide
 # --- Copies ---
 
 
-def test_copy_of_a_devices_card_is_refused_and_the_owner_is_told(fleet, identity, join, recorder):
+def test_copy_of_a_devices_card_is_refused_and_reported_to_the_owner(
+    fleet, identity, join, recorder
+):
     pair = admitted(fleet.gate, "0")
     first = identity("0", pair, fleet.gate.authority.pem)
     copy = identity("0", pair, fleet.gate.authority.pem, place="copy")
@@ -301,7 +303,7 @@ def test_device_that_leaves_while_it_is_noted_is_not_left_registered(
         recorder.until(lambda: not fleet.devices)
 
 
-def test_devices_revoke_waits_for_the_list_and_tells_if_it_stays_locked(
+def test_devices_revoke_waits_for_the_list_and_reports_if_it_stays_locked(
     fleet, devices, lock_list, monkeypatch
 ):
     admitted(fleet.gate, "0")
