@@ -19,7 +19,7 @@ export RESUME_COMMAND="$command --resume"
 scratch=$(mktemp -d) # for its owner alone
 pids=()
 
-# Whatever ends this script ends the others: politely first, then for good.
+# Whatever ends this script ends the others: by SIGTERM, and after 5 s by SIGKILL.
 # shellcheck disable=SC2329 # called by the trap
 stop_all() {
   trap '' INT TERM HUP

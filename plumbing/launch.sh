@@ -42,8 +42,8 @@ Builds the client's image if needed and runs client.py in it. Ctrl-C ends it.
   --join TOKEN|FILE|-        join a server with --secure, once: what server.py prints, or a file
                              with it or with a key of server.py devices admit, or standard
                              input (-), which no list of processes shows
-  --join_only                join, and end
-  --insecure                 an open server, although there is a key
+  --join_only                join, and exit
+  --insecure                 join a server without --secure, although there is a key
 
 Environment:
   BASE_IMAGE                 pull this base image instead of building one
