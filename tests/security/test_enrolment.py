@@ -28,9 +28,8 @@ from plumbing.security import gate as gate_module
 from plumbing.security.gate import WAITING_EACH, Gate
 from plumbing.security.identity import ENROL, ENROL_REQUEST
 from plumbing.stream import device as transport
-from tests.conftest import ROOT
+from tests.conftest import LONG, ROOT
 from tests.security.conftest import (
-    LONG,
     admitted,
     ask,
     channel,

@@ -13,8 +13,9 @@ from plumbing.addresses import parse_address
 from plumbing.stream import device as transport
 from plumbing.stream import fleet as fleet_module
 from plumbing.stream import wire
+from tests.conftest import LONG
 from tests.devices import Recorder
-from tests.security.conftest import LONG, admitted, channel, hello, token_for, wait_until
+from tests.security.conftest import admitted, channel, hello, token_for, wait_until
 
 HALF_OPEN = 2000 if LONG else 300
 
