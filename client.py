@@ -139,7 +139,9 @@ class Client:
         if time.monotonic() >= self.report_due:
             self.report_due = time.monotonic() + REPORT_SECONDS
             measured = {**self.telemetry.measure(), "free_ram_mb": available_memory()[0] / 1e6}
-            progress = {"cid": self.cid, "step": step, "steps": steps, "loss": float(loss)}
+            if step:
+                measured["loss"] = float(loss)
+            progress = {"cid": self.cid, "step": step, "steps": steps}
             rate = {"images_per_second": float(images_per_second)}
             self.send_progress({**measured, **progress, **rate})
 

@@ -7,6 +7,10 @@ on the test set after each, and leaves the model in runs/. For the owner of a se
 --secure:
 
     python server.py devices            # who is admitted; --help: admit, token, revoke, prune
+
+And for whoever wants to see past runs in the browser:
+
+    python server.py page
 """
 
 import sys
@@ -19,6 +23,11 @@ if __name__ == "__main__":
         from plumbing.security.owner import main as devices
 
         sys.exit(devices(sys.argv[2:]))
+    if sys.argv[1:2] == ["page"]:
+        from plumbing.page.server import main as page
+
+        page(sys.argv[2:])
+        sys.exit()
 
 import argparse
 import os
@@ -33,6 +42,7 @@ from federated.rounds import Fleet, Observer
 from federated.settings import RunSettings
 from plumbing import descriptors
 from plumbing.addresses import listening_addresses, parse_address
+from plumbing.page.server import RunPage
 from plumbing.runs import RunDirectory, load_config, newest_run
 from plumbing.security.admissions import TOKEN_SECONDS, TOKEN_USES
 from plumbing.security.gate import Gate, local_names, public_address
@@ -73,6 +83,14 @@ def parse_args(argv: Sequence[str] | None) -> tuple[RunSettings, argparse.Namesp
         metavar="DIR",
     )
     parser.flag("log_file", "append all lines here, too, with times", metavar="FILE")
+    # What is seen in the browser
+    parser.flag(
+        "page",
+        "where, or off (default: the first free port at 127.0.0.1 from 8081 on, on a terminal)",
+        "",
+        metavar="HOST:PORT",
+    )
+    parser.switch("page_stay", "leave the page there after the run, until Ctrl-C")
     # Who may connect
     parser.switch("secure", "TLS, and only devices that you admit; they join with a token")
     parser.switch("insecure", "let in whoever reaches the port, also from the Internet")
@@ -181,8 +199,9 @@ def serve(settings: RunSettings, args: argparse.Namespace) -> None:
             if event := fleet.wait(deadline - time.monotonic()):
                 observe(event)
 
-    command = os.environ.get("RESUME_COMMAND", "python server.py --resume")
-    run(settings, args, open_fleet, call_devices_once_more, resume_command=f"{command} {{}}")
+    command = os.environ.get("RESUME_COMMAND", "python server.py --resume") + " {}"
+    with RunPage(args.page, args.page_stay, ROOT / "runs", gate) as page:
+        run(settings, args, open_fleet, call_devices_once_more, page.open, resume_command=command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

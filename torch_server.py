@@ -11,7 +11,7 @@ import secrets
 import shlex
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,7 @@ def run(
     args: argparse.Namespace,
     open_fleet: Callable[[Task, int], Fleet],
     last_call: Callable[[Fleet, RunDirectory, Observer], None] = lambda *_: None,
+    open_observers: Callable[[Fleet, RunDirectory], Sequence[Observer]] = lambda *_: (),
     program: str = "server.py",
     resume_command: str = "python server.py --resume {}",
 ) -> None:
@@ -227,6 +228,7 @@ def run(
         args: data_dir, run_dir, init_weights, resume, run_id; all of it is noted in config.json.
         open_fleet: returns the devices for a model of so many bytes.
         last_call: what to do about devices when no round is left to do.
+        open_observers: returns observers beside those that are always there.
         program, resume_command: printed, with the directory's name, when it is interrupted.
     """
     strategy = make_strategy(
@@ -248,7 +250,11 @@ def run(
         console = Console(
             fleet.address, settings.rounds, task.testset.source, directory.config["utils_sha256"]
         )
-        observers = (console, directory.observe)
+        observers: Sequence[Observer] = (
+            console,
+            directory.observe,
+            *open_observers(fleet, directory),
+        )
 
         def observe(event: Observed | Step) -> None:
             for observer in observers:

@@ -94,6 +94,14 @@ class Resumed:
 
 
 @dataclass(frozen=True)
+class Began:
+    """An attempt at a round begins: these devices get its job."""
+
+    server_round: int
+    devices: Sequence[Device]
+
+
+@dataclass(frozen=True)
 class Offered:
     """A device has trained; its update is fetched when there is room for it."""
 
@@ -113,6 +121,8 @@ class Result:
     seconds: float = 0.0  # from sending the job to the device's being done
     bytes_sent: int = 0
     bytes_received: int = 0
+    seconds_sending: float = 0.0  # the first of `seconds`: until the job was with the device
+    seconds_receiving: float = 0.0  # after `seconds`: while its update came
 
 
 @dataclass(frozen=True)
@@ -182,7 +192,7 @@ class Retry:
 
 
 Event = Joined | Left | Resumed | Progress | Offered | Result | Freed | Notice
-Observed = Event | Waiting | Dropped | Clipped | Retry
+Observed = Event | Began | Waiting | Dropped | Clipped | Retry
 Observer = Callable[["Observed | Step"], None]
 
 
@@ -290,6 +300,8 @@ class Contribution:
     seconds: float
     bytes_sent: int
     bytes_received: int
+    seconds_sending: float = 0.0
+    seconds_receiving: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -304,6 +316,7 @@ class Step:
     dropped: Sequence[tuple[str, str]]  # names and reasons, of all attempts
     seconds: float  # without waiting for devices and without evaluating
     seconds_evaluate: float
+    seconds_aggregate: float = 0.0  # of `seconds`
 
 
 def synchronous(
@@ -393,6 +406,7 @@ class _Round:
         try:
             self._collect(training)
             self._check()
+            collected = time.perf_counter()
             weights = training.aggregate()
             if not is_finite(weights.values()) or not is_finite(self.strategy.state()[0].values()):
                 raise NoModel(f"the new model has {NON_FINITE}")
@@ -414,6 +428,7 @@ class _Round:
             self.dropped,
             round(aggregated - start, 3),
             round(time.perf_counter() - aggregated, 3),
+            round(aggregated - collected, 3),
         )
 
     def _begin(self, attempt: int) -> "Training":
@@ -492,6 +507,7 @@ class _Round:
         self.most_examples = self.bounds.examples_limit(n for n in declared if type(n) is int)
         timeout = self.plan.timeout
         deadline = time.monotonic() + timeout if timeout else None
+        self.observe(Began(self.server_round, [device for device, _ in jobs]))
         for device, job in jobs:
             expected[device.cid] = (device, job)
             self.fleet.start(device, job)
@@ -551,6 +567,8 @@ class _Round:
                 result.seconds,
                 result.bytes_sent,
                 result.bytes_received,
+                result.seconds_sending,
+                result.seconds_receiving,
             )
         )
 

@@ -27,6 +27,7 @@ from typing import Any, NoReturn, TextIO
 from federated.errors import FederationError
 from federated.settings import RunSettings
 
+SECRETS = re.compile(r"(join1_|/\?key=)[A-Za-z0-9_-]+")  # join tokens, the page's key
 NEEDED = ("numpy", "grpc", "google.protobuf", "torch")
 
 ENVIRONMENT = {
@@ -131,7 +132,7 @@ class _Logged(io.TextIOBase):
         for line in lines:
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             with contextlib.suppress(OSError, ValueError):  # a full disk stops no run
-                self.log.write(f"{now} {re.sub(r'join1_[A-Za-z0-9_-]+', 'join1_…', line)}\n")
+                self.log.write(f"{now} " + SECRETS.sub(r"\1…", line) + "\n")
         return len(text)
 
     def flush(self) -> None:

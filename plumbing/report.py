@@ -217,6 +217,8 @@ def contribution_record(contribution: Contribution) -> dict[str, Any]:
         "counted_examples": contribution.counted_examples,
         "norm": contribution.norm,
         "seconds": round(contribution.seconds, 3),
+        "seconds_sending": round(contribution.seconds_sending, 3),
+        "seconds_receiving": round(contribution.seconds_receiving, 3),
         "bytes_sent": contribution.bytes_sent,
         "bytes_received": contribution.bytes_received,
         "metrics": dict(contribution.metrics),
@@ -233,6 +235,7 @@ def step_record(step: Step) -> dict[str, Any]:
         "bytes_received": sum(c.bytes_received for c in step.contributions),
         "seconds": round(step.seconds + step.seconds_evaluate, 3),
         "seconds_evaluate": step.seconds_evaluate,
+        "seconds_aggregate": step.seconds_aggregate,
     }
 
 

@@ -304,48 +304,21 @@ class RunDirectory:
 
     def observe(self, event: Observed | Step) -> None:
         """An observer: joins, losses, drops and retries become lines of events.jsonl."""
-        match event:
-            case Joined(device):
-                self.log_event("joined", **{**device.properties, "cid": device.cid})
-            case Left(device, reason):
-                self.log_event("left", cid=device.cid, reason=reason)
-            case Resumed(device, job):
-                self.log_event("resumed", cid=device.cid, job=job.id)
-            case Dropped(server_round, device, reason):
-                self.log_event("dropped", server_round=server_round, cid=device.cid, reason=reason)
-            case Clipped(server_round, device, num_examples, counted):
-                self.log_event(
-                    "clipped",
-                    server_round=server_round,
-                    cid=device.cid,
-                    num_examples=num_examples,
-                    counted_examples=counted,
-                )
-            case Retry(server_round, attempt, attempts, good, reason):
-                self.log_event(
-                    "retry",
-                    server_round=server_round,
-                    attempt=attempt,
-                    attempts=attempts,
-                    good_replies=good,
-                    reason=reason,
-                )
-            case Notice(text):
-                self.log_event("notice", text=text)
+        if record := event_record(event):
+            self.log_event(record.pop("event"), **record)
 
     def log_event(self, kind: str, /, **fields: Any) -> None:
         """Append a line with a UTC time stamp to events.jsonl; may be called from any thread.
 
         A failure is reported once on stderr, and never raised.
         """
-        event = {**fields, "time": utc_now(), "event": kind}  # a device names its properties
-        bounded = {name: _bounded(value) for name, value in event.items()}
+        record = {**bounded_record(fields), "time": utc_now(), "event": kind}
         path = self.path / "events.jsonl"
         with self._events_lock:
             try:
                 if path.exists() and path.stat().st_size > MAX_EVENTS_BYTES:
                     raise OSError(0, f"it has reached {MAX_EVENTS_BYTES >> 20} MiB")
-                line = json.dumps(_without_nan(bounded)).encode() + b"\n"
+                line = json.dumps(record).encode() + b"\n"
                 descriptors.reserve.call(lambda: append(path, line, sync=False))
                 self._events_stopped = False
             except OSError as error:
@@ -453,7 +426,45 @@ def append(path: Path, data: bytes, sync: bool = True) -> None:
             raise
 
 
-# --- What is in a line of metrics.jsonl ---
+# --- What is in a line of events.jsonl and metrics.jsonl ---
+
+
+def event_record(event: Observed | Step) -> dict[str, Any] | None:
+    """Return what events.jsonl has of an event, without its time; None for other events."""
+    match event:
+        case Joined(device):
+            fields: dict[str, Any] = {**device.properties, "cid": device.cid}
+        case Left(device, reason):
+            fields = {"cid": device.cid, "reason": reason}
+        case Resumed(device, job):
+            fields = {"cid": device.cid, "job": job.id}
+        case Dropped(server_round, device, reason):
+            fields = {"server_round": server_round, "cid": device.cid, "reason": reason}
+        case Clipped(server_round, device, num_examples, counted):
+            fields = {
+                "server_round": server_round,
+                "cid": device.cid,
+                "num_examples": num_examples,
+                "counted_examples": counted,
+            }
+        case Retry(server_round, attempt, attempts, good, reason):
+            fields = {
+                "server_round": server_round,
+                "attempt": attempt,
+                "attempts": attempts,
+                "good_replies": good,
+                "reason": reason,
+            }
+        case Notice(text):
+            fields = {"text": text}
+        case _:
+            return None
+    return {**bounded_record(fields), "event": type(event).__name__.lower()}
+
+
+def bounded_record(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields as JSON can hold them, of a text from a device the beginning."""
+    return _without_nan({name: _bounded(value) for name, value in fields.items()})
 
 
 def objection_to_round(row: Any) -> str | None:

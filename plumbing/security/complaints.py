@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +11,8 @@ LINE_LENGTH = 300
 PERIOD_SECONDS = 10.0  # refusals are summed up after so long
 FIRST_LINES = 3  # of one peer are reported at once
 PERIOD_LINES = 10  # reported at once in a period, and as many sums at its end; the rest is counted
+# A line on a refusal, as `Refusals` makes it: whose, and why.
+REFUSED = re.compile(r"refused (?:device )?([^ ]{1,80})(?: [\d,]+ times more)?: (.*)")
 KINDS = 1000  # pairs of peer and reason that are counted apart in a period
 
 

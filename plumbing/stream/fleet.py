@@ -560,7 +560,14 @@ def read_reply(reply: Reply) -> Result:
     except BadReply as error:
         return Result(device, job, None, str(error), at_fault=True)
     return Result(
-        device, job, update, "", False, reply.seconds, reply.bytes_sent, reply.bytes_received
+        device,
+        job,
+        update,
+        seconds=reply.seconds,
+        bytes_sent=reply.bytes_sent,
+        bytes_received=reply.bytes_received,
+        seconds_sending=reply.seconds_sending,
+        seconds_receiving=reply.seconds_receiving,
     )
 
 

@@ -120,6 +120,8 @@ class Reply:
     bytes_sent: int = 0
     bytes_received: int = 0
     end_turn: Callable[[], None] = no_turn
+    seconds_sending: float = 0.0  # the first of `seconds`
+    seconds_receiving: float = 0.0  # after `seconds`
 
 
 class Session:
@@ -195,6 +197,7 @@ class Session:
     async def _ask(self, work: Work) -> Reply:
         """Send a job and return the reply; weights are fetched when it is their turn."""
         start, sent = await self._send(work)
+        sending = time.monotonic() - start
         if not sent:  # nobody waited for it any more when its turn came
             return Reply(work, None, "too late")
         # A stock client's update comes as soon as it has trained.
@@ -205,19 +208,23 @@ class Session:
             if self.in_pieces and len(answer) > OFFER_BYTES:
                 raise BadReply(f"sent {len(answer):,} bytes where it had to offer its update")
             if not is_offer(answer, work.id):
-                return Reply(work, answer, "", [], seconds, sent, len(answer), end_turn)
+                return Reply(work, answer, "", [], seconds, sent, len(answer), end_turn, sending)
             end_turn()
             self.offered(work)
             end_turn = await self.memory.receiving.take()
             if not work.request:
                 end_turn()
                 return Reply(work, None, "too late")
+            fetched = time.monotonic()
             chunks = await self._fetch(work.id, work.request.chunks)
         except BaseException:
             end_turn()
             raise
         received = len(answer) + sum(len(data) for _, data in chunks)
-        return Reply(work, answer, "", chunks, seconds, sent, received, end_turn)
+        receiving = time.monotonic() - fetched
+        return Reply(
+            work, answer, "", chunks, seconds, sent, received, end_turn, sending, receiving
+        )
 
     async def _send(self, work: Work) -> tuple[float, int]:
         """Send a request, in pieces where the device takes them; return from when on, and bytes."""
