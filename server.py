@@ -48,6 +48,7 @@ from plumbing.security.admissions import TOKEN_SECONDS, TOKEN_USES
 from plumbing.security.gate import Gate, local_names, public_address
 from plumbing.security.keys import default_keys_dir
 from plumbing.stream.fleet import StreamFleet
+from plumbing.terminal import LiveBlock
 from torch_server import Task, run
 
 ROOT = Path(__file__).resolve().parent
@@ -200,8 +201,20 @@ def serve(settings: RunSettings, args: argparse.Namespace) -> None:
                 observe(event)
 
     command = os.environ.get("RESUME_COMMAND", "python server.py --resume") + " {}"
-    with RunPage(args.page, args.page_stay, ROOT / "runs", gate) as page:
-        run(settings, args, open_fleet, call_devices_once_more, page.open, resume_command=command)
+    page = RunPage(args.page, args.page_stay, ROOT / "runs", gate)
+    with page, LiveBlock() as block:
+
+        def open_observers(fleet: Fleet, directory: RunDirectory) -> Sequence[Observer]:
+            return [*page.open(fleet, directory), *block.open(fleet, directory)]
+
+        run(
+            settings,
+            args,
+            open_fleet,
+            call_devices_once_more,
+            open_observers,
+            resume_command=command,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
