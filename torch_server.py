@@ -31,6 +31,7 @@ from plumbing.checkpoints import load_checkpoint, load_fitting
 from plumbing.publish import PUBLISHED, Publication
 from plumbing.report import Console, draw_report, print_classes, shortened, step_record
 from plumbing.runs import RunDirectory, new_run_name, provenance
+from plumbing.tensorboard import TensorBoard
 from torch_heads import FROZEN, HeadTest, Publisher, has_head, make_card
 
 ROOT = Path(__file__).resolve().parent
@@ -253,6 +254,7 @@ def run(
         observers: Sequence[Observer] = (
             console,
             directory.observe,
+            TensorBoard(directory.path),
             *open_observers(fleet, directory),
         )
 
