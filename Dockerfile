@@ -23,7 +23,7 @@ ENV DATA_DIR=/data \
 WORKDIR /app
 COPY --chown=client:client federated/ federated/
 COPY --chown=client:client plumbing/ plumbing/
-COPY --chown=client:client client.py torch_trainer.py utils.py ./
+COPY --chown=client:client client.py resnet.py torch_trainer.py utils.py ./
 
 # By name: a number would leave the group video out.
 # hadolint ignore=DL3066

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from federated.errors import FederationError
+from resnet import ResNet18
 
 if TYPE_CHECKING:
     from federated.settings import Settings
@@ -102,24 +103,7 @@ class PiNet(nn.Module):
         return self.fc(x.flatten(1))
 
 
-def resnet18(num_classes: int = 10) -> nn.Module:
-    """torchvision's ResNet18 for small images: 3x3 stride-1 stem, no max-pool.
-
-    GroupNorm stands in for BatchNorm, whose running statistics are each device's own:
-    their average describes no device when the data differ from one to the next
-    (Hsieh et al. 2020, arXiv:1910.00189).
-    """
-    import torchvision  # takes a second and 110 MB, so only here
-
-    net = torchvision.models.resnet18(
-        num_classes=num_classes, norm_layer=lambda channels: nn.GroupNorm(32, channels)
-    )
-    net.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
-    net.maxpool = nn.Identity()
-    return net
-
-
-MODELS: dict[str, Callable[[int], nn.Module]] = {"Net": Net, "PiNet": PiNet, "ResNet18": resnet18}
+MODELS: dict[str, Callable[[int], nn.Module]] = {"Net": Net, "PiNet": PiNet, "ResNet18": ResNet18}
 
 
 def build_model(name: str, num_classes: int = 10, seed: int = 0) -> nn.Module:

@@ -11,7 +11,8 @@ import pytest
 from plumbing import cli
 from tests.conftest import ROOT
 
-PROGRAMS = [ROOT / f"{name}.py" for name in ("client", "server", "torch_trainer", "utils")]
+NAMES = ("client", "resnet", "server", "torch_trainer", "utils")
+PROGRAMS = [ROOT / f"{name}.py" for name in NAMES]
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in [*ROOT.glob("federated/**/*.py"), *ROOT.glob("plumbing/**/*.py"), *PROGRAMS]

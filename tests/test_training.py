@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch import nn
 from torchvision import transforms
@@ -93,6 +94,16 @@ def test_resnet18_has_62_arrays_and_no_running_statistics():
     assert not list(net.buffers())
 
 
+def test_resnet18_computes_what_torchvisions_does_and_names_its_arrays_alike():
+    theirs = torchvision.models.resnet18(norm_layer=lambda channels: nn.GroupNorm(32, channels))
+    theirs.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    theirs.maxpool, theirs.fc = nn.Identity(), nn.Linear(512, 10)
+    ours, x = utils.build_model("ResNet18"), torch.randn(2, 3, 32, 32)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(x), theirs(x))
+
+
 def in_new_process(code: str, *arguments: str | Path, **environment: str) -> None:
     """Run what depends on which modules are imported already."""
     subprocess.run(
@@ -103,7 +114,7 @@ def in_new_process(code: str, *arguments: str | Path, **environment: str) -> Non
     )
 
 
-def test_training_and_cifar10_import_neither_torchvision_nor_the_compiler(tmp_path):
+def test_models_training_and_cifar10_import_neither_torchvision_nor_the_compiler(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
     in_new_process(
         """
@@ -112,6 +123,8 @@ from federated.errors import FederationError
 from federated.settings import Settings
 
 data = utils.load_data("synthetic:64", "train")
+for name in utils.MODELS:
+    utils.build_model(name)
 utils.train(utils.build_model("Net"), utils.TrainLoader(data, 32), Settings(0.02, 0.02))
 with contextlib.suppress(FederationError):
     utils.load_data(sys.argv[1], "test")

@@ -469,7 +469,7 @@ def sick(folder: Path) -> None:
 def edit(folder: Path) -> None:
     tree = folder / "edited tree"
     tree.mkdir()
-    sources = ("client.py", "torch_trainer.py", "utils.py")
+    sources = ("client.py", "resnet.py", "torch_trainer.py", "utils.py")
     for name in ("run_pi.sh", "Dockerfile", ".dockerignore", *sources):
         shutil.copy2(ROOT / name, tree)
     for name in ("base_images", "federated", "plumbing"):

@@ -63,7 +63,7 @@ def edited_client(launch: Callable[..., Process], tmp_path: Path) -> Callable[..
         home.mkdir()
         for room in ("federated", "plumbing"):
             (home / room).symlink_to(ROOT / room)
-        for name in ("client.py", "torch_trainer.py"):
+        for name in ("client.py", "resnet.py", "torch_trainer.py"):
             (home / name).write_text((ROOT / name).read_text())
         text = (ROOT / "utils.py").read_text()
         assert text.count(line) == 1, f"{line!r} is not once in utils.py"
