@@ -30,10 +30,11 @@ def test_run_config_has_the_names_types_and_defaults_of_the_settings():
 def test_bundle_holds_what_the_app_imports_and_nothing_else():
     with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(ROOT))) as bundle:
         names = {name for name in bundle.namelist() if not name.startswith(".info/")}
-    folders = ("federated", "plumbing", "plumbing/stream", "plumbing/security")
+    folders = ("federated", "plumbing", "plumbing/page", "plumbing/stream", "plumbing/security")
     assert names == {
-        "pyproject.toml", "flower_app.py", "client.py", "resnet.py", "torch_server.py",
-        "torch_trainer.py", "utils.py",
+        "pyproject.toml", "flower_app.py", "client.py", "head_trainer.py", "light_trainer.py",
+        "resnet.py", "torch_export.py", "torch_heads.py", "torch_server.py", "torch_trainer.py",
+        "utils.py",
         *(f"{f}/{path.name}" for f in folders for path in (ROOT / f).glob("*.py")),
     }  # fmt: skip
 
