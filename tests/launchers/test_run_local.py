@@ -120,7 +120,7 @@ def test_keys_directory_that_is_named_serves_the_next_run_and_a_resumed_one_too(
     run = launch(
         ROOT / "run_local.sh", "--resume=../run-0", "--rounds=2", cwd=tmp_path / "elsewhere"
     )
-    assert run.finish(120) == 0, run.output
+    assert run.finish(200) == 0, run.output
     assert "round 2/2  devices 1/1" in run.output
     assert "was admitted" not in run.output
     assert "new ones" not in run.output
@@ -243,7 +243,7 @@ def test_command_that_ctrl_c_prints_finishes_the_run_with_its_model_data_and_cli
     before = settings(tmp_path / "my run")
 
     run = launch("bash", "-c", command, cwd=tmp_path)
-    assert run.finish(120) == 0, run.output
+    assert run.finish(200) == 0, run.output
     assert "round 8/8  devices 1/1" in run.output
     assert (tmp_path / "my run/model.safetensors").exists()
     assert_nothing_left(run)
@@ -264,7 +264,7 @@ def test_secure_run_goes_on_with_new_keys_when_its_own_are_deleted(launch, tmp_p
     run.wait_for("round 1/8 ")
     command = interrupt(run)
     run = launch("bash", "-c", command, cwd=tmp_path)
-    assert run.finish(120) == 0, run.output
+    assert run.finish(200) == 0, run.output
     assert run.output.count("the keys of this run are gone; its clients get new ones") == 1
     assert run.output.count("was admitted") == 1
     assert "round 8/8  devices 1/1" in run.output
