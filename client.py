@@ -192,7 +192,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "data_dir", "CIFAR-10, or train/<class>/*; or synthetic (default: data/)", metavar="DIR"
     )
     parser.flag("device", "where to train", "auto", choices=["auto", "cpu", "cuda"])
-    parser.flag("threads", "processor threads (default: one a core)", type=int, metavar="N")
+    parser.flag("threads", "processor threads; auto is the fastest number", "auto", metavar="N")
     parser.flag(
         "join",
         "what server.py --secure prints, once; or a file with it, or - for standard input",
@@ -217,8 +217,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise FederationError for values that cannot work."""
     check_destination(args.server_address)
     check_cid(args.cid)
-    if args.threads is not None and args.threads < 1:
-        raise FederationError(f"--threads {args.threads} is below 1")
+    cli.check_threads(args.threads)
     if args.max_wait_seconds is not None and not args.max_wait_seconds >= 0:
         raise FederationError(f"--max_wait_seconds {args.max_wait_seconds} is below 0")
     if args.insecure and args.join:
@@ -229,8 +228,8 @@ def run(args: argparse.Namespace) -> None:
     """Open this device's key and data, and serve until the run is over."""
     check_args(args)
     identity = None
+    keys_dir = Path(args.keys or os.environ.get("KEYS_DIR") or default_keys_dir()).expanduser()
     if not args.insecure:
-        keys_dir = Path(args.keys or os.environ.get("KEYS_DIR") or default_keys_dir())
         identity = open_identity(keys_dir, args.cid, args.join)
     write_state(args.cid, "starting")
     if args.join_only:
@@ -239,18 +238,17 @@ def run(args: argparse.Namespace) -> None:
         enrol(args.server_address, identity, args.max_wait_seconds)
         return
     # Here, because another Trainer needs no PyTorch, and wrong flags end at once.
-    import torch
-
+    from plumbing.threads import Threads
     from torch_trainer import TorchTrainer, choose_device
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     trainer = TorchTrainer(
         args.cid,
         args.model,
         args.data_dir or os.environ.get("DATA_DIR") or ROOT / "data",
         choose_device(args.device),
         download=args.data_dir is None,
+        threads=Threads(args.threads),
+        notes=keys_dir / f"threads-{args.cid}.json",
     )
     print(f"Client {args.cid}: {trainer.describe()}")
     reporter = Reporter()

@@ -90,16 +90,12 @@ if [[ -n $run_dir ]]; then
   [[ -f $run_dir/config.json ]] || die "no run to resume in '$run_dir': it has no config.json"
 fi
 
-# So are the settings' values, where some Python is there already: packages take minutes.
-if [[ -z $resume ]] && python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-  PYTHONPATH=$root PYTHONDONTWRITEBYTECODE=1 python3 -m plumbing.cli "$@" || exit
-fi
+# So are all flags, by a Python without packages: these take minutes.
+python=$("$root/plumbing/venv.sh")
+PYTHONPATH=$root PYTHONDONTWRITEBYTECODE=1 "$python" -m plumbing.flags "$@" || exit
+[[ -z $help ]] || exit 0
 
 python=$("$root/plumbing/venv.sh" requirements.txt)
-if [[ -n $help ]]; then
-  "$python" "$root/server.py" --help
-  exit
-fi
 
 model=Net data_dir=$root/data clients=2 address='' keys=''
 if [[ -n $resume ]]; then # with what the run had

@@ -42,6 +42,7 @@ from federated.rounds import Fleet, Observer
 from federated.settings import RunSettings
 from plumbing import descriptors
 from plumbing.addresses import listening_addresses, parse_address
+from plumbing.flags import server_parser
 from plumbing.page.server import RunPage
 from plumbing.runs import RunDirectory, load_config, newest_run
 from plumbing.security.admissions import TOKEN_SECONDS, TOKEN_USES
@@ -53,9 +54,6 @@ from torch_server import Task, run
 
 ROOT = Path(__file__).resolve().parent
 LAST_CALL_SECONDS = 40  # devices try again every 30 s at least
-DEVICE_FLAGS = dict.fromkeys(
-    ("cid", "device", "threads", "join", "join_only", "max_wait_seconds", "stay"), "client.py"
-)
 
 
 # --- Flags ----------------------------------------------------------------------------
@@ -63,46 +61,7 @@ DEVICE_FLAGS = dict.fromkeys(
 
 def parse_args(argv: Sequence[str] | None) -> tuple[RunSettings, argparse.Namespace]:
     """Return the run's settings, and what concerns this machine alone."""
-    parser = cli.Parser(description=__doc__, others=DEVICE_FLAGS)
-    parser.flag("server_address", "where to listen", "0.0.0.0:8080", metavar="HOST:PORT")
-    parser.add_settings(RunSettings)
-    # Files
-    parser.flag(
-        "data_dir",
-        "CIFAR-10, or test/<class>/*; or synthetic (default: data/)",
-        metavar="DIR",
-    )
-    parser.flag("init_weights", "start from this .safetensors file", metavar="FILE")
-    parser.switch("new_head", "what --init_weights does not have, or of another size, is made anew")
-    parser.flag("run_dir", "where to leave results (default: runs/<time>-<model>/)", metavar="DIR")
-    parser.flag(
-        "resume",
-        "continue the run in this directory, or the newest in runs/ that has a finished round, "
-        "after its last finished round; its settings hold unless flags override them",
-        nargs="?",
-        const="",
-        metavar="DIR",
-    )
-    parser.flag("log_file", "append all lines here, too, with times", metavar="FILE")
-    # What is seen in the browser
-    parser.flag(
-        "page",
-        "where, or off (default: the first free port at 127.0.0.1 from 8081 on, on a terminal)",
-        "",
-        metavar="HOST:PORT",
-    )
-    parser.switch("page_stay", "leave the page there after the run, until Ctrl-C")
-    # Who may connect
-    parser.switch("secure", "TLS, and only devices that you admit; they join with a token")
-    parser.switch("insecure", "let in whoever reaches the port, also from the Internet")
-    parser.flag("keys", "where keys are (default: ~/.config/flower-embedded)", metavar="DIR")
-    parser.flag("names", "further names of this machine, for --secure: a.example,203.0.113.5", "")
-    parser.flag(
-        "unauthenticated_address",
-        "listen here too, with TLS, for stock Flower clients: whoever reaches it can join",
-        "",
-        metavar="HOST:PORT",
-    )
+    parser = server_parser(__doc__)
     parser.set_defaults(run_id="")
     args = parser.parse_args(argv)
     if args.resume is not None:
@@ -120,6 +79,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[RunSettings, argparse.Namesp
 def check_args(settings: RunSettings, args: argparse.Namespace) -> None:
     """Raise FederationError for values that cannot work, before anything slow is done."""
     settings.check()
+    cli.check_threads(args.threads)
     descriptors.check(settings.min_num_clients)
     if args.secure and args.insecure:
         raise FederationError("--secure and --insecure exclude each other")

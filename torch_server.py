@@ -10,6 +10,7 @@ import platform
 import secrets
 import shlex
 import sys
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -32,6 +33,7 @@ from plumbing.publish import PUBLISHED, Publication
 from plumbing.report import Console, draw_report, print_classes, shortened, step_record
 from plumbing.runs import RunDirectory, new_run_name, provenance
 from plumbing.tensorboard import TensorBoard
+from plumbing.threads import Threads
 from torch_heads import FROZEN, HeadTest, Publisher, has_head, make_card
 
 ROOT = Path(__file__).resolve().parent
@@ -44,12 +46,15 @@ UPDATE_COPIES = 5  # at most, of a device's update in memory while Flower's stra
 class Task:
     """The model that is trained, and the images that test it."""
 
-    def __init__(self, settings: RunSettings, data_dir: str | None) -> None:
+    def __init__(
+        self, settings: RunSettings, data_dir: str | None, threads: Threads | None = None
+    ) -> None:
         self.model = settings.model
         self.data_dir = data_dir or ROOT / "data"
         self.testset: utils.ImageSet | HeadTest
         self.validation_set: utils.ImageSet | None = None
         self.torch_device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.threads = threads or Threads(str(torch.get_num_threads()))
         if has_head(utils.build_model(settings.model)):
             self._test_head(settings)
             return
@@ -118,7 +123,7 @@ class Task:
         if isinstance(self.testset, HeadTest):
             result = self.testset.evaluate(self.net, self.torch_device)
         else:
-            result = utils.test(self.net, self.testset, self.torch_device)
+            result = self._test(self.testset)
         classes = self.testset.classes
         validation = {}
         if self.validation_set:
@@ -135,6 +140,27 @@ class Task:
             "class_accuracy": dict(zip(classes, result.class_accuracy, strict=True)),
             "test_images": f"{len(self.testset)} {self.testset.source}",
         }
+
+    def _test(self, testset: utils.ImageSet) -> utils.Evaluation:
+        """Evaluate with the number of threads that is the fastest."""
+
+        def trial(seconds: float) -> float:
+            few = testset.subset(np.arange(min(100, len(testset))))
+            began, times = time.perf_counter(), 0
+            while (spent := time.perf_counter() - began) < seconds or not times:
+                utils.test(self.net, few)
+                times += 1
+            return times * len(few) / spent
+
+        if self.torch_device != "cpu":
+            return utils.test(self.net, testset, self.torch_device)
+        if self.threads.auto and not self.threads.count:
+            self.threads.choose(trial)
+        began = time.perf_counter()
+        result = utils.test(self.net, testset)
+        if change := self.threads.watch(len(testset), time.perf_counter() - began, trial):
+            print(f"evaluation: {change}")
+        return result
 
 
 def open_start(
@@ -156,6 +182,8 @@ def open_start(
             memory = {"strategy": state_of_version_1(state, list(weights))}
         strategy.load_state(state, memory.get("strategy", {}))
         bounds.restore(memory.get("bounds", {}))
+        if task.threads.auto and memory.get("threads"):
+            task.threads.set(memory["threads"])
         return weights, finished_round
     if args.init_weights:
         task.load(Path(args.init_weights).expanduser(), args.new_head)
@@ -176,7 +204,10 @@ def make_plan(settings: RunSettings, run_id: str, finished_round: int | None, ta
 
     return Plan(
         rounds=settings.rounds,
-        config=lambda server_round: settings.for_round(server_round).to_config(),
+        config=lambda server_round: {
+            **settings.for_round(server_round).to_config(),
+            "run_id": run_id,
+        },
         evaluate=task.evaluate,
         job_id=job_id,
         first_round=(finished_round or 0) + 1,
@@ -235,7 +266,7 @@ def run(
     strategy = make_strategy(
         settings.strategy, settings.sample_fraction, settings.sample_size, settings.lr
     )
-    task = Task(settings, args.data_dir)
+    task = Task(settings, args.data_dir, Threads(args.threads))
     bounds = Bounds(settings.max_update_norm, settings.max_weight_ratio)
     weights, finished_round = open_start(settings, args, task, strategy, bounds)
     model_bytes = sum(array.nbytes for array in weights.values())
@@ -279,7 +310,7 @@ def run(
         ):
             weights, evaluation = step.weights, step.evaluation
             observe(step)
-            save_round(directory, settings, strategy, bounds, step)
+            save_round(directory, settings, task, strategy, bounds, step)
             if publisher:
                 publisher.publish(weights, evaluation["accuracy"])
         if evaluation is None:
@@ -311,7 +342,12 @@ def open_publisher(
 
 
 def save_round(
-    directory: RunDirectory, settings: RunSettings, strategy: Strategy, bounds: Bounds, step: Step
+    directory: RunDirectory,
+    settings: RunSettings,
+    task: Task,
+    strategy: Strategy,
+    bounds: Bounds,
+    step: Step,
 ) -> None:
     """Write what a finished round leaves on the disk."""
     arrays, rest = strategy.state()
@@ -321,7 +357,7 @@ def save_round(
         "lr": settings.for_round(step.server_round).lr,
         **step_record(step),
     }
-    memory = {"strategy": rest, "bounds": bounds.state()}
+    memory = {"strategy": rest, "bounds": bounds.state(), "threads": task.threads.count}
     directory.save(step.server_round, step.weights, arrays, row, memory)
     if settings.validation:
         directory.keep_best()

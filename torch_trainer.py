@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
 import os
 import sys
+import time
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +25,17 @@ from federated.partitions import partition
 from federated.settings import Settings, parse_partition
 from plumbing.board import available_memory
 from plumbing.files import write_whole
+from plumbing.threads import Threads
 
 WEIGHTS, ACTIVATIONS, REST = 6, 1.3, 20e6  # see `training_bytes`
 
 
 class TorchTrainer:
     """Trains a model of utils.py on this device's images.
+
+    Args:
+        threads: without it PyTorch's own number of threads is used.
+        notes: a file in which the number is kept for the run that it was chosen for.
 
     Raises:
         FederationError: no such model, or no usable images in `data_dir`.
@@ -42,6 +52,8 @@ class TorchTrainer:
         device: str,
         download: bool = False,
         load_data: Callable[..., utils.ImageSet] = utils.load_data,
+        threads: Threads | None = None,
+        notes: Path | None = None,
     ) -> None:
         self.cid = cid
         self.model = model
@@ -57,6 +69,9 @@ class TorchTrainer:
         self.net = utils.build_model(model, len(self.classes))
         self.names = list(self.net.state_dict())
         self.checked_batch_size = 0  # the largest that was found to fit into memory
+        self.threads = threads or Threads(str(torch.get_num_threads()))
+        self.notes = notes
+        self.run_id: str | None = None  # for which the number of threads was chosen
 
     def describe(self) -> str:
         return f"{self.model} on {self.device}, {len(self.data):,} {self.data.source}"
@@ -91,13 +106,22 @@ class TorchTrainer:
         trainloader = utils.TrainLoader(self.data, settings.batch_size, seed, self.device)
         trainloader.net = self.net
         utils.set_weights(self.net, weights)
+        self._choose_threads(settings)
         torch.manual_seed(seed)  # for models with dropout
         show = ProgressBar()
+        trial = partial(self._try, settings)
+        last_step = time.perf_counter()
 
         def before_step(progress: utils.Progress) -> float | None:
+            nonlocal last_step
             show(progress)
             images = progress.step * settings.batch_size
             report(progress.step, progress.steps, progress.loss, images / (progress.seconds or 1))
+            seconds = time.perf_counter() - last_step
+            if change := self.threads.watch(progress.step > 0, seconds, trial):
+                show.print(f"Client {self.cid}: {change}")
+                self._note_threads()
+            last_step = time.perf_counter()
             return progress.seconds / settings.round_seconds if settings.round_seconds else None
 
         trained = utils.train(
@@ -106,6 +130,7 @@ class TorchTrainer:
         metrics = {
             "loss": trained.loss,
             "steps": trained.steps,
+            "threads": torch.get_num_threads(),
             "images_per_second": trained.steps * settings.batch_size / trained.seconds,
         }
         return utils.get_weights(self.net), trained.num_examples, metrics
@@ -122,6 +147,50 @@ class TorchTrainer:
         utils.set_weights(self.net, weights)
         result = utils.test(self.net, self.testset, self.device)
         return result.loss, len(self.testset), {"accuracy": result.accuracy}
+
+    def _choose_threads(self, settings: Settings) -> None:
+        """Take the number of threads that this run has had here, or the fastest."""
+        if not self.threads.auto or self.device != "cpu" or self.run_id == settings.run_id:
+            return
+        self.run_id = settings.run_id
+        noted: dict[str, Any] = {}
+        if self.notes and self.run_id:
+            with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
+                noted = json.loads(self.notes.read_text())
+        if noted.get("run_id") == self.run_id:
+            self.threads.set(noted["threads"], noted["rate"])
+            print(f"Client {self.cid}: {noted['threads']} thread(s), as before in this run")
+            return
+        rates = self.threads.choose(partial(self._try, settings))
+        print(f"Client {self.cid}: {self.threads.count} thread(s), the fastest ({rates} steps/s)")
+        self._note_threads()
+
+    def _note_threads(self) -> None:
+        if self.notes:
+            choice = {"threads": self.threads.count, "rate": self.threads.rate}
+            with contextlib.suppress(OSError):  # a full disk is no reason to stop
+                self.notes.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                write_whole(self.notes, json.dumps({"run_id": self.run_id, **choice}).encode())
+
+    def _try(self, settings: Settings, seconds: float) -> float:
+        """Return how many steps a second a training does that leaves no trace."""
+        few = 50 * settings.batch_size
+        images, labels = self.data.images[:few], self.data.labels[:few]
+        loader = utils.TrainLoader(
+            replace(self.data, images=images, labels=labels), settings.batch_size
+        )
+        first_step = 0.0  # which starts threads
+
+        def before_step(progress: utils.Progress) -> float | None:
+            nonlocal first_step
+            if progress.step == 1:
+                first_step = progress.seconds
+            return progress.seconds / seconds if progress.step > 1 else None
+
+        with torch.random.fork_rng(devices=[]):
+            net = copy.deepcopy(self.net)
+            trained = utils.train(net, loader, settings, "cpu", before_step, lambda _: None)
+        return max(1, trained.steps - 1) / (trained.seconds - first_step)
 
     def _cut_data(self, settings: Settings) -> None:
         """Keep this device's part of the images, and free the others."""

@@ -31,27 +31,8 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from federated.errors import FederationError
 from federated.rounds import Device, Job, NoModel
-from federated.settings import underscored
+from federated.settings import STRATEGIES, check_strategy, underscored
 from federated.updates import Scalar, Update, Weights
-
-# Settings that differ from Flower's defaults. --strategy FedAdam:eta=0.02 changes them.
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "FedAvg": {},
-    "FedProx": {"proximal_mu": 0.01},  # Flower's default, 0, is FedAvg
-    "FedAvgM": {"server_momentum": 0.5},  # Flower's default, 0, is FedAvg
-    # Flower's eta of 0.1 moves each weight by 0.1 a round, which is more than most of them
-    # weigh. 1e-2 and 1e-3 are near the best of Reddi et al. 2021 (arXiv:2003.00295) for CIFAR-10.
-    "FedAdam": {"eta": 0.01, "tau": 1e-3},
-    "FedYogi": {"eta": 0.01, "tau": 1e-3},
-    "FedAdagrad": {"eta": 0.01, "tau": 1e-3},
-    "FedMedian": {},
-    "FedTrimmedAvg": {},
-    "Krum": {},
-    "MultiKrum": {},
-    "Bulyan": {},
-    "QFedAvg": {},
-}
-REPLACED = {"FedOpt": "FedAdam, FedYogi or FedAdagrad", "FaultTolerantFedAvg": "FedAvg"}
 
 # One reply that holds the weighted mean gives with these what all replies together give.
 MEAN_IS_ENOUGH = {
@@ -538,14 +519,8 @@ def _find(choice: str) -> tuple[type[FlowerStrategy], str, str]:
     name, _, text = choice.partition(":")
     if name in STRATEGIES:
         return getattr(flwr.serverapp.strategy, name), name, text
-    if name in REPLACED:
-        raise FederationError(f"Flower has no {name} any more; use {REPLACED[name]}")
+    check_strategy(choice)
     module, class_name = name, text.partition(":")[0]
-    if not class_name or "=" in class_name:
-        raise FederationError(
-            f"no strategy '{name}'; there are {', '.join(STRATEGIES)}, or your own class Mine in "
-            "mine.py as --strategy mine:Mine"
-        )
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from federated.errors import FederationError
-from federated.settings import RunSettings
 
 SECRETS = re.compile(r"(join1_|/\?key=)[A-Za-z0-9_-]+")  # join tokens, the page's key
 NEEDED = ("numpy", "grpc", "google.protobuf", "torch")
@@ -208,6 +207,10 @@ class Parser(argparse.ArgumentParser):
             self.error(self._unknown(unknown))
         return found
 
+    def error(self, message: str) -> NoReturn:
+        """End with one line; argparse's own has the whole usage before it."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
     def _unknown(self, unknown: Sequence[str]) -> str:
         """Return what to do about arguments that this program does not have."""
         flag = unknown[0].partition("=")[0]
@@ -221,27 +224,17 @@ class Parser(argparse.ArgumentParser):
         return f"there is no flag {flag}" + (f"; {near[0]}?" if near else "; --help lists them")
 
 
+def check_threads(value: str) -> None:
+    """Raise FederationError for a value of --threads that cannot work."""
+    if value != "auto" and not value.lstrip("-").isdecimal():
+        raise FederationError(f"--threads {value} is neither a number nor auto")
+    if value != "auto" and int(value) < 1:
+        raise FederationError(f"--threads {value} is below 1")
+
+
 def given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
     """Return the names of the flags that the user gave."""
     unset = object()
     blank = argparse.Namespace(**{action.dest: unset for action in parser._actions})
     found, _ = parser.parse_known_args(argv, blank)
     return {name for name, value in vars(found).items() if value is not unset}
-
-
-def main() -> None:
-    """Check the settings among a run's flags: `python3 -m plumbing.cli FLAGS`, no package needed.
-
-    run_local.sh does so before it installs any. Other flags are left alone.
-    """
-    parser = Parser(prog="run_local.sh", usage="./run_local.sh --help", add_help=False)
-    parser.add_settings(RunSettings)
-    found, _ = parser.parse_known_args()
-    try:
-        RunSettings(**vars(found)).check()
-    except FederationError as error:
-        sys.exit(f"run_local.sh: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -35,7 +35,7 @@ Builds the client's image if needed and runs client.py in it. Ctrl-C ends it.
                              read-only; or synthetic (default: CIFAR-10 in \$DATA_VOLUME,
                              downloaded once)
   $device_help
-  --threads N                processor threads (default: one a core)
+  --threads N                processor threads (default: auto, the fastest number)
   --max_wait_seconds S       give up after S s without server (default: never)
   --stay                     when the run is over, wait for the next; with --detach it does anyway
   --image NAME               use this image of the client, built elsewhere, and build none

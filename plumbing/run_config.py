@@ -55,6 +55,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[RunSettings, argparse.Namesp
         new_head=False,
         resume=files.resume or None,
         run_id=run_id,
+        threads=str(files.threads or "auto"),
     )
 
 

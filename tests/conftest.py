@@ -211,6 +211,7 @@ def start_server(
             "server_address": "127.0.0.1:0",
             "data_dir": "synthetic:400",
             "run_dir": str(tmp_path / "run"),
+            "threads": "1",
             **options,
         }
         flags = [f"--{name}={value}" for name, value in settings.items()]
@@ -231,6 +232,7 @@ def start_client(launch: Callable[..., Process]) -> Callable[..., Process]:
             "cid": str(cid),
             "data_dir": "synthetic:400",
             "max_wait_seconds": "60",
+            "threads": "1",  # bit for bit, and without trials
             **options,
         }
         flags = [f"--{name}={value}" for name, value in settings.items()]

@@ -72,12 +72,15 @@ def test_server_reports_what_is_wrong(tmp_path, arguments, message):
     assert message in line
 
 
-def test_unknown_flags_and_words_for_numbers_end_with_usage(tmp_path, capsys):
+def test_unknown_flags_and_words_for_numbers_end_with_one_line(tmp_path, capsys):
     for argument in ("--round=3", "--rounds=three"):
         with pytest.raises(SystemExit) as ending:
             server.main([argument])
         assert ending.value.code == 2
-    assert "invalid int value: 'three'" in capsys.readouterr().err
+    assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "there is no flag --round; --rounds?",
+        "argument --rounds: invalid int value: 'three'",
+    ]
 
 
 def test_port_in_use_is_named(tmp_path):
@@ -234,6 +237,7 @@ def test_data_directories_without_use_are_refused_on_both_sides(tmp_path, main):
         ),
         (["--server_address=127.0.0.1:0"], "server address '127.0.0.1:0' has no port to go to"),
         (["--threads=0"], "--threads 0 is below 1"),
+        (["--threads=all"], "--threads all is neither a number nor auto"),
         (["--cid=a b"], "--cid 'a b' is not made of 1 to 64 letters, digits"),
         (["--cid=../../x"], "--cid '../../x' is not made of"),
         (["--data_dir=synthetic:many"], "no data set 'synthetic:many'"),
