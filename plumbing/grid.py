@@ -192,6 +192,10 @@ class GridFleet(Fleet):
 
     def _read_properties(self, node: Node, message: Message) -> Event | None:
         name = f"node {node.node_id}"
+        if message.has_error() and message.error.code in NOT_THE_NODES_FAULT:
+            # It is asked again, if it is still there at the next look.
+            self._nodes = {key: other for key, other in self._nodes.items() if other is not node}
+            return None
         try:
             with untrusted():
                 content = _content(message)

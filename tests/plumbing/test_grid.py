@@ -217,6 +217,14 @@ def test_node_without_data_is_refused_with_its_reason(grid):
     assert not recorder.fleet.devices
 
 
+def test_node_whose_first_answer_was_lost_is_asked_again(grid):
+    answers = [Error(code=5, reason="Node Unavailable"), properties("1")]
+    grid.nodes[Info(1)] = lambda message: answers.pop(0)
+    recorder = open_recorder(grid)
+    recorder.wait_for(1)
+    assert not any("refused" in line for line in recorder.lines())
+
+
 def test_node_that_is_restarted_gets_its_job_again(grid):
     grid.add(1)
     killed = grid.add(2, lambda message: None)
