@@ -5,6 +5,7 @@ images, where a run begins, the rounds, and what it leaves on the disk.
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 import secrets
@@ -388,5 +389,8 @@ def print_results(
     utils.set_weights(task.net, weights)
     directory.finish({n: v.cpu().numpy() for n, v in task.net.state_dict().items()})
     title = f"{settings.model}, {settings.strategy}, tested on {task.images}"
-    draw_report(directory.path / "report.png", title, directory.rounds())
-    print(f"model in {directory}/model.safetensors, curves in {directory}/report.png")
+    curves = "no report.png, for which matplotlib is not installed"
+    if importlib.util.find_spec("matplotlib"):  # a SuperLink's image has none
+        draw_report(directory.path / "report.png", title, directory.rounds())
+        curves = f"curves in {directory}/report.png"
+    print(f"model in {directory}/model.safetensors, {curves}")
