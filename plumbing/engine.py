@@ -137,6 +137,8 @@ class Processes:
             "PATH": f"{self.bin}{os.pathsep}{os.environ.get('PATH', '')}",
             "PYTHONUNBUFFERED": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray's 15 starves simulated nodes where the machine has other work.
+            "RAY_worker_niceness": "0",
         }
         # Flower detaches its processes: this one inherits those whose parent ends.
         with contextlib.suppress(AttributeError, OSError):  # not Linux
