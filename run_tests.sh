@@ -13,7 +13,7 @@ bin=$(dirname "$python")
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-"$bin/shellcheck" -x ./*.sh plumbing/*.sh .ci/run tests/*/run
+"$bin/shellcheck" -x ./*.sh plumbing/*.sh deploy/*.sh .ci/run tests/*/run
 "$bin/hadolint" Dockerfile base_images/*/Dockerfile
 # Four at a time even on two cores: many tests only wait, for a timeout for example.
 exec "$python" -m pytest --numprocesses=4 --dist=worksteal "$@"
