@@ -637,6 +637,68 @@ def gpu(folder: Path) -> None:
     check("the client runs in it", "Net on cpu" in output, output.splitlines()[-1])
 
 
+def engine(folder: Path) -> None:
+    """A SuperNode of Flower's engine trains on 64 images, by TLS and with a registered key."""
+    began = time.monotonic()
+    keys, cid = folder / "keys", f"{NAME}-n"
+    run("env", "-C", folder, ROOT / "deploy/keys.sh", "127.0.0.1", "board")
+    for path in (keys, *keys.iterdir()):
+        os.chown(path, 1000, 1000)
+    with Mirror(b"") as spare:
+        port = spare.server_port  # free, once this is closed
+    flower = [
+        "env", f"FLWR_HOME={folder / 'home'}", "FLWR_TELEMETRY_ENABLED=0",
+        "FLWR_DISABLE_UPDATE_CHECK=1", f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}",
+    ]  # fmt: skip
+    (folder / "home").mkdir()
+    (folder / "home" / "config.toml").write_text(
+        f'[superlink.test]\naddress = "127.0.0.1:{port}"\nroot-certificates = "{keys}/ca.crt"\n'
+    )
+    superlink = start(
+        *flower, "flower-superlink", f"--port={port}", f"--database={folder / 'state.db'}",
+        f"--ssl-ca-certfile={keys}/ca.crt", f"--ssl-certfile={keys}/server.crt",
+        f"--ssl-keyfile={keys}/server.key", "--enable-supernode-auth",
+        "--disable-runtime-dependency-installation",
+    )  # fmt: skip
+    wait_until(
+        "the SuperLink knows the board's key", 120,
+        lambda: run(*flower, "flwr", "supernode", "register", keys / "board.pub", "test")[0] == 0,
+    )  # fmt: skip
+    os.environ["DOCKER_RUN_OPTIONS"] = "--network host"  # a SuperNode has no health check
+    try:
+        launch = start(
+            ROOT / "run_pi.sh", f"--superlink=127.0.0.1:{port}", f"--cid={cid}", "--threads=1",
+            "--data_dir=synthetic:64", f"--root-certificates={keys}/ca.crt",
+            f"--auth-supernode-private-key={keys}/board",
+        )  # fmt: skip
+        launch.wait_for("SuperNode ID", 1800)
+    finally:
+        os.environ["DOCKER_RUN_OPTIONS"] = RUN_OPTIONS
+    check("a registered SuperNode joins by TLS", True, f"{time.monotonic() - began:.0f} s")
+    uid = docker("top", f"flower-client-{cid}", "-eo", "uid,args").splitlines()[-1].split()[0]
+    check("it is not root", uid == "1000", f"uid {uid}")
+    began, run_dir = time.monotonic(), folder / "run"
+    code, output = run(
+        *flower, "flwr", "run", ROOT, "test", "--stream", "--run-config",
+        f"rounds=1 min_num_clients=1 batch_size=16 data_dir='synthetic:64' run_dir='{run_dir}'",
+        seconds=1200,
+    )  # fmt: skip
+    rows = (run_dir / "metrics.jsonl").read_text() if run_dir.exists() else output
+    check(
+        "one training message on 64 images gives a model",
+        code == 0 and (run_dir / "model.safetensors").exists() and '"num_examples": 64,' in rows,
+        f"{time.monotonic() - began:.0f} s" if "num_examples" in rows else output[-2000:],
+    )
+    events = (run_dir / "events.jsonl").read_text()
+    check("trained by the board", '"machine": "aarch64"' in events)
+    sizes = docker("image", "inspect", "--format", "{{.Size}}", CLIENT, "flower-embedded:engine")
+    client, more = (int(size) for size in sizes.split())
+    check(
+        "the engine adds at most 120 MB", more - client <= 120e6, f"{(more - client) / 1e6:.0f} MB"
+    )
+    check("the SuperLink runs on", superlink.popen.poll() is None)
+
+
 # --- Around them ----------------------------------------------------------------------
 
 
@@ -676,7 +738,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
     chosen = sys.argv[1:]
-    for part in (images, processors, walkthrough, secure, restart, sick, edit, gpu):
+    for part in (images, processors, walkthrough, secure, restart, sick, edit, gpu, engine):
         if chosen and part.__name__ not in chosen:
             continue
         part_began = time.monotonic()
