@@ -32,7 +32,7 @@ from plumbing.addresses import check_cid, check_destination
 from plumbing.board import Telemetry, available_memory, describe_board
 from plumbing.security.identity import open_identity
 from plumbing.security.keys import default_keys_dir
-from plumbing.stream.device import Reporter, enrol, serve
+from plumbing.stream.device import Reporter, do_once, enrol, serve
 
 ROOT = Path(__file__).resolve().parent
 REPORT_SECONDS = 12.0  # from one report of progress to the next
@@ -239,17 +239,27 @@ def run(args: argparse.Namespace) -> None:
         return
     # Here, because another Trainer needs no PyTorch, and wrong flags end at once.
     from plumbing.threads import Threads
-    from torch_trainer import TorchTrainer, choose_device
+    from torch_trainer import TorchTrainer, choose_device, has_head
 
-    trainer = TorchTrainer(
-        args.cid,
-        args.model,
-        args.data_dir or os.environ.get("DATA_DIR") or ROOT / "data",
-        choose_device(args.device),
-        download=args.data_dir is None,
-        threads=Threads(args.threads),
-        notes=keys_dir / f"threads-{args.cid}.json",
-    )
+    data_dir = args.data_dir or os.environ.get("DATA_DIR") or ROOT / "data"
+    device = choose_device(args.device)
+    trainer: Trainer
+    if has_head(args.model):
+        from torch_heads import fetch_frozen, open_trainer
+
+        fetch = partial(fetch_frozen, args.cid, args.server_address, identity)
+        do_once(args.server_address, identity, fetch, args.max_wait_seconds)
+        trainer = open_trainer(args.cid, args.model, Path(data_dir), device)
+    else:
+        trainer = TorchTrainer(
+            args.cid,
+            args.model,
+            data_dir,
+            device,
+            download=args.data_dir is None,
+            threads=Threads(args.threads),
+            notes=keys_dir / f"threads-{args.cid}.json",
+        )
     print(f"Client {args.cid}: {trainer.describe()}")
     reporter = Reporter()
     serve(

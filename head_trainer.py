@@ -18,7 +18,15 @@ import numpy as np
 
 from federated.errors import FederationError
 from federated.settings import Settings
-from plumbing.photos import Excluded, FeatureCache, Photo, batches, labelled, unknown_classes
+from plumbing.photos import (
+    Excluded,
+    FeatureCache,
+    Photo,
+    batches,
+    hold_out,
+    labelled,
+    unknown_classes,
+)
 
 Weights = dict[str, np.ndarray]
 
@@ -78,6 +86,7 @@ class HeadTrainer:
         photos: the folder with a folder of photographs for each class; any may be missing.
         cache: where features are kept.
         exclude: a file with what the owner keeps out.
+        validates: hold out one photograph in five, to judge new models by.
     """
 
     lr = 0.05
@@ -90,7 +99,9 @@ class HeadTrainer:
         photos: Path,
         cache: Path,
         exclude: Path | None = None,
+        validates: bool = False,
     ) -> None:
+        self.validates = validates
         self.cid, self.card, self.backbone = cid, card, backbone
         self.photos, self.exclude = photos, exclude
         self.model, self.classes, self.names = card.model, card.classes, list(card.head)
@@ -105,8 +116,26 @@ class HeadTrainer:
         return f"the head of {self.model} on {self.device}, {len(self.scan()):,} photographs"
 
     def scan(self) -> list[Photo]:
-        """Return the photographs that are there now and not kept out."""
-        return labelled(self.photos, self.classes, Excluded(self.exclude))
+        """Return the photographs to train on that are there now and not kept out."""
+        return self._split()[0]
+
+    def held_out(self) -> list[Photo]:
+        """Return the photographs that judge new models, and never train."""
+        return self._split()[1]
+
+    def _split(self) -> tuple[list[Photo], list[Photo]]:
+        photos = labelled(self.photos, self.classes, Excluded(self.exclude))
+        return hold_out(photos) if self.validates else (photos, [])
+
+    def compare(
+        self, old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]
+    ) -> tuple[int, int, int]:
+        """Return how many photographs are held out, newly right, and newly wrong."""
+        x, labels = self.cache.features(self.held_out())
+        if not len(labels):
+            return 0, 0, 0
+        before, after = (head_scores(w, x[:, 0]).argmax(1) == labels for w in (old, new))
+        return len(labels), int((after & ~before).sum()), int((before & ~after).sum())
 
     def prepare(self, settings: Settings) -> tuple[int, str]:
         """Return how many photographs it will train on, and which in words."""

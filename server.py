@@ -8,9 +8,10 @@ on the test set after each, and leaves the model in runs/. For the owner of a se
 
     python server.py devices            # who is admitted; --help: admit, token, revoke, prune
 
-And for whoever wants to see past runs in the browser:
+And for whoever wants to see past runs in the browser, or the model as an ONNX file:
 
     python server.py page
+    python server.py export runs/…
 """
 
 import sys
@@ -27,6 +28,11 @@ if __name__ == "__main__":
         from plumbing.page.server import main as page
 
         page(sys.argv[2:])
+        sys.exit()
+    if sys.argv[1:2] == ["export"]:
+        from torch_export import main as export
+
+        export(sys.argv[2:])
         sys.exit()
 
 import argparse

@@ -17,21 +17,18 @@ import torch.nn.functional as F
 import utils
 from federated.errors import FederationError
 from federated.settings import RunSettings, Settings
-from head_trainer import Card, hash_arrays
+from head_trainer import Card, HeadTrainer, hash_arrays
 from light_trainer import OnnxBackbone
-from plumbing.checkpoints import encode_weights
+from plumbing.checkpoints import encode_weights, load_fitting
 from plumbing.files import write_whole
 from plumbing.photos import FeatureCache, Photo, labelled, set_apart
-from plumbing.publish import Publication
+from plumbing.publish import CARD, Publication
+from plumbing.security.identity import Identity
+from plumbing.stream.fetch import fetch_model
 from torch_export import to_onnx
 
 VIEWS = 4  # of a photograph in training: the whole, mirrored, and parts
 BACKBONE, FROZEN, HEAD = "backbone.onnx", "frozen.safetensors", "head.safetensors"
-
-
-def has_head(net: torch.nn.Module) -> bool:
-    """Return whether only a head on frozen features learns."""
-    return hasattr(net, "features") and all(n.startswith("head.") for n in utils.learned(net))
 
 
 def server_features(net: torch.nn.Module, views: int) -> FeatureCache:
@@ -89,6 +86,35 @@ class TorchBackbone:
         loader: Any = HeadLoader(x, labels, order, self.device)
         trained = utils.train(head, loader, settings, self.device, log=lambda line: None)
         return utils.get_weights(self.net), trained.loss, trained.steps
+
+
+def device_folder(cid: str) -> Path:
+    """Return where a device that trains with torch keeps what the server hands out."""
+    return feature_folder() / f"device-{cid}"
+
+
+def fetch_frozen(cid: str, server_address: str, identity: Identity | None) -> None:
+    """Fetch the frozen part of the server's model, unless it is here."""
+    fetch_model(server_address, identity, device_folder(cid), (FROZEN,))
+
+
+def open_trainer(cid: str, model: str, data_dir: Path, device: str) -> HeadTrainer:
+    """Return a device's Trainer, with the frozen part that `fetch_frozen` got."""
+    folder = device_folder(cid)
+    card = Card.read((folder / CARD).read_bytes())
+    if card.model != model:
+        raise FederationError(
+            f"the server's model is {card.model}; start with --model {card.model}"
+        )
+    net = utils.build_model(model, len(card.classes))
+    state = {n: v.cpu().numpy() for n, v in net.state_dict().items()}
+    frozen = {n: a for n, a in state.items() if n not in utils.learned(net)}
+    arrays, _ = load_fitting(folder / FROZEN, frozen, model)
+    if hash_arrays(arrays) != card.frozen:
+        raise FederationError(f"'{folder / FROZEN}' is not what the card names; remove it")
+    net.load_state_dict({n: torch.tensor(a) for n, a in arrays.items()}, strict=False)
+    backbone = TorchBackbone(net, device)
+    return HeadTrainer(cid, card, backbone, data_dir / "train", folder / "features")
 
 
 class HeadLoader:

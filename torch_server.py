@@ -35,7 +35,8 @@ from plumbing.report import Console, draw_report, print_classes, shortened, step
 from plumbing.runs import RunDirectory, new_run_name, provenance
 from plumbing.tensorboard import TensorBoard
 from plumbing.threads import Threads
-from torch_heads import FROZEN, HeadTest, Publisher, has_head, make_card
+from torch_heads import FROZEN, HeadTest, Publisher, make_card
+from torch_trainer import has_head
 
 ROOT = Path(__file__).resolve().parent
 UPDATE_COPIES = 5  # at most, of a device's update in memory while Flower's strategies aggregate
@@ -56,7 +57,7 @@ class Task:
         self.validation_set: utils.ImageSet | None = None
         self.torch_device = "cuda" if torch.cuda.is_available() else "cpu"
         self.threads = threads or Threads(str(torch.get_num_threads()))
-        if has_head(utils.build_model(settings.model)):
+        if has_head(settings.model):
             self._test_head(settings)
             return
         size = utils.image_size(settings.model)

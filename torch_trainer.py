@@ -30,6 +30,12 @@ from plumbing.threads import Threads
 WEIGHTS, ACTIVATIONS, REST = 6, 1.3, 20e6  # see `training_bytes`
 
 
+def has_head(model: str) -> bool:
+    """Return whether of a model only a head on frozen features learns."""
+    net = utils.build_model(model)
+    return hasattr(net, "features") and all(n.startswith("head.") for n in utils.learned(net))
+
+
 class TorchTrainer:
     """Trains a model of utils.py on this device's images.
 

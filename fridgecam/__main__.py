@@ -3,8 +3,10 @@
 start      on the server: make the model that fridges begin with
 install    on a fridge: join a server and fetch its model
 look       name what is in photographs
+label      a page to label photographs with, by keys
 share      on or off: train with the others
-train      train when the server asks
+watch      look at new pictures, train when asked, fetch better models
+train      train when the server asks; watch does this
 model      show the model that is here, or go back to the one before
 """
 
@@ -14,10 +16,13 @@ import sys
 
 from plumbing import cli
 
-DEVICE = ("install", "look", "share", "train", "model")
-COMMANDS = {"start": "fridgecam.start:start"} | {
-    name: f"fridgecam.device:{name}" for name in DEVICE
+DEVICE = {
+    **{name: f"fridgecam.device:{name}" for name in ("install", "look", "share", "train", "model")},
+    "watch": "fridgecam.watch:watch",
+    "label": "fridgecam.label:label",
 }
+COMMANDS = {"start": "fridgecam.start:start", **DEVICE}
+NEEDED = ("numpy", "onnxruntime", "grpc", "google.protobuf", "safetensors", "PIL")  # no torch
 
 
 def main() -> None:
@@ -28,8 +33,7 @@ def main() -> None:
     if name not in COMMANDS:
         sys.exit(f"fridgecam: no command '{name}'; there are {', '.join(COMMANDS)}")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two that spin are slower than one
-    device = ("numpy", "onnxruntime", "grpc", "google.protobuf", "safetensors")
-    cli.start(f"fridgecam {name}", device if name in DEVICE else cli.NEEDED)
+    cli.start(f"fridgecam {name}", NEEDED if name in DEVICE else cli.NEEDED)
     module, _, function = COMMANDS[name].partition(":")
     getattr(importlib.import_module(module), function)(sys.argv[2:])
 

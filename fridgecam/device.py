@@ -1,6 +1,7 @@
 """The commands on a fridge's computer; none of them needs torch."""
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from head_trainer import HeadTrainer
 from light_trainer import OnnxBackbone
 from plumbing import cli
 from plumbing.addresses import check_cid, check_destination
+from plumbing.files import write_whole
 from plumbing.photos import is_photo
 from plumbing.publish import CARD
 from plumbing.security.identity import Identity, open_identity
-from plumbing.stream.fetch import PREVIOUS, fetch_model
+from plumbing.stream.fetch import PREVIOUS, REFUSED, fetch_model
 
 
 def parser_for(command: str, text: str) -> cli.Parser:
@@ -54,15 +56,20 @@ def identity_of(home: Home) -> Identity | None:
     return open_identity(home.keys, home.config["cid"], None)
 
 
-def update(home: Home, identity: Identity | None) -> bool:
-    """Fetch the newest model if it is not here; return whether it is new.
+def update(
+    home: Home,
+    identity: Identity | None,
+    accept: Callable[[dict[str, Any], dict[str, Path]], bool] = lambda card, files: True,
+) -> bool:
+    """Fetch the newest model if it is not here, and accepted; return whether it is new.
 
     Raises:
         NotYet: the server cannot be reached now.
         FederationError: what it offers cannot be used.
     """
     try:
-        return fetch_model(home.config["server_address"], identity, home.model, WANTED) is not None
+        address = home.config["server_address"]
+        return fetch_model(address, identity, home.model, WANTED, accept) is not None
     except grpc.RpcError as error:
         raise NotYet(f"no model from {home.config['server_address']}: {error.details()}") from None
 
@@ -136,7 +143,8 @@ def trainer_for(home: Home) -> HeadTrainer:
     """Return what trains the head on this fridge's labelled photographs."""
     backbone = OnnxBackbone(home.model / WANTED[0])
     cid = home.config["cid"]
-    return HeadTrainer(cid, home.card(), backbone, home.photos, home.cache, home.exclude)
+    card = home.card()
+    return HeadTrainer(cid, card, backbone, home.photos, home.cache, home.exclude, validates=True)
 
 
 def model(argv: list[str]) -> None:
@@ -154,7 +162,8 @@ def model(argv: list[str]) -> None:
 
 
 def go_back(home: Home) -> None:
-    """Swap the model with the one before."""
+    """Swap the model with the one before; the newer one is not fetched again."""
+    version = home.card().version
     previous = home.model / PREVIOUS
     if not (previous / CARD).exists():
         raise FederationError("there is no model before this one")
@@ -164,3 +173,4 @@ def go_back(home: Home) -> None:
             (home.model / name).rename(spare)
             (previous / name).rename(home.model / name)
             spare.rename(previous / name)
+    write_whole(home.model / REFUSED, str(version).encode())

@@ -70,6 +70,60 @@ def set_apart(photos: Sequence[Photo]) -> tuple[list[Photo], list[Photo]]:
     return rest, apart
 
 
+LEAST_HELD_OUT, MOST_HELD_OUT = 3, 50
+BURST_SECONDS = 10.0
+EXIF_TIME = 36867  # DateTimeOriginal
+
+
+def hold_out(photos: Sequence[Photo]) -> tuple[list[Photo], list[Photo]]:
+    """Return photographs to train on, and one in five to judge new models by.
+
+    A burst stays together: photographs of one class within 10 s show the same thing. A burst's
+    hash decides, so that a photograph does not change sides when others come. Of fewer than 8
+    photographs none is held out.
+    """
+    bursts = sorted(_bursts(photos), key=lambda burst: _hash_of(burst[0].path))
+    fifth = [burst for burst in bursts if _hash_of(burst[0].path)[0] % 5 == 0]
+    chosen, rest = fifth, [burst for burst in bursts if burst not in fifth]
+    while len(photos) >= 8 and rest and sum(map(len, chosen)) < LEAST_HELD_OUT:
+        chosen.append(rest.pop(0))
+    if len(photos) < 8:
+        chosen = []
+    held = [photo for burst in chosen for photo in burst][:MOST_HELD_OUT]
+    return [photo for photo in photos if photo not in held], held
+
+
+def _bursts(photos: Sequence[Photo]) -> list[list[Photo]]:
+    bursts: list[list[Photo]] = []
+    last: tuple[int, float] | None = None
+    taken = [(photo.label, _time_taken(photo.path), photo.path, photo) for photo in photos]
+    for label, seconds, _, photo in sorted(taken, key=lambda entry: entry[:3]):
+        if seconds and last and last[0] == label and seconds - last[1] <= BURST_SECONDS:
+            bursts[-1].append(photo)
+        else:
+            bursts.append([photo])
+        last = label, seconds
+    return bursts
+
+
+def _time_taken(path: Path) -> float:
+    """Return when a photograph was taken, as its camera notes it; 0 where it does not."""
+    import datetime
+
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            text = str(image.getexif().get_ifd(0x8769).get(EXIF_TIME, ""))
+        return datetime.datetime.strptime(text.strip("\0 "), "%Y:%m:%d %H:%M:%S").timestamp()
+    except (OSError, ValueError, SyntaxError):
+        return 0.0
+
+
+def _hash_of(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
 def is_photo(path: Path) -> bool:
     """Return whether a file is named like a photograph that can be read."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from plumbing.files import write_whole
+from plumbing.photos import MOST_HELD_OUT
 
 CARD = "card.json"
+MOST_DEVICES = 100_000
 PUBLISHED = "published"  # the folder of a run with what its devices fetch
 
 
@@ -31,6 +33,8 @@ class Publication:
         self.sign = sign
         self.card = b""
         self.files: dict[str, Path] = {}  # by their SHA-256
+        self.version = 0
+        self.judgements: dict[str, tuple[int, int, int]] = {}  # of this version, by device
 
     def publish(self, card: Mapping[str, Any], files: Mapping[str, bytes]) -> int:
         """Hand out a new model from now on; return its version.
@@ -52,8 +56,22 @@ class Publication:
         write_whole(self.folder / CARD, text)
         self.files |= {entry["sha256"]: self.folder / name for name, entry in named.items()}
         signature = base64.b64encode(self.sign(text)).decode() if self.sign else ""
+        self.version, self.judgements = version, {}
         self.card = json.dumps({"card": text.decode(), "signature": signature}).encode()
         return version
+
+    def judge(self, device: str, version: int, counts: tuple[int, int, int]) -> None:
+        """Take what a device found: photographs held out, newly right and newly wrong ones."""
+        held_out, right, wrong = counts
+        possible = right >= 0 and wrong >= 0 and right + wrong <= held_out <= MOST_HELD_OUT
+        if version == self.version and possible and len(self.judgements) < MOST_DEVICES:
+            self.judgements[device] = counts
+
+    def judged(self) -> tuple[int, int, int]:
+        """Return the sums of what all devices found of this version."""
+        sums = [sum(column) for column in zip(*self.judgements.values(), strict=True)]
+        held_out, right, wrong = sums or (0, 0, 0)
+        return held_out, right, wrong
 
     def _version(self) -> int:
         try:

@@ -112,11 +112,23 @@ def serve(
 
 def enrol(server_address: str, identity: Identity, max_wait_seconds: float | None = None) -> None:
     """Get a certificate for `identity`, waiting for the server like `serve`."""
+    do_once(server_address, identity, lambda: None, max_wait_seconds)
+
+
+def do_once(
+    server_address: str,
+    identity: Identity | None,
+    action: Callable[[], object],
+    max_wait_seconds: float | None = None,
+) -> None:
+    """Do what needs the server, waiting for it like `serve`."""
 
     def attempt(seconds: float) -> _Outcome:
         outcome = _Outcome()
         with _recorded(outcome, server_address, identity, seconds):
-            identity.prepare(server_address, seconds)
+            if identity:
+                identity.prepare(server_address, seconds)
+            action()
             outcome.done = True
         return outcome
 

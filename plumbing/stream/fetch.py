@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,23 @@ PIECE_BYTES = 1 << 18
 CARD_SECONDS = 20.0
 FILE_SECONDS = 600.0
 MAX_FILE_BYTES = 1 << 30
+REFUSED = "refused"  # the version that this device did not accept
 PREVIOUS = "previous"  # the folder of the model before
 
 
 def fetch_model(
-    server_address: str, identity: Identity | None, folder: Path, wanted: tuple[str, ...]
+    server_address: str,
+    identity: Identity | None,
+    folder: Path,
+    wanted: tuple[str, ...],
+    accept: Callable[[dict[str, Any], dict[str, Path]], bool] = lambda card, files: True,
 ) -> dict[str, Any] | None:
     """Bring `folder` up to date; return the new card, None if the newest is here already.
 
     Args:
         wanted: which of the card's files this device uses.
+        accept: called with a new card and its files before they are installed; if it returns
+            False the old model stays, and this version is not fetched again.
 
     Raises:
         FederationError: the card or a file is not what it should be, or older than what is here.
@@ -56,13 +64,40 @@ def fetch_model(
         complete = all((folder / name).exists() for name in wanted)
         if old and card["version"] == old["version"] and complete:
             return None
+        if old and card["version"] == _refused_version(folder):
+            return None
         folder.mkdir(parents=True, exist_ok=True)
         for name in wanted:
             if name not in card["files"]:
                 raise FederationError(f"the server's model has no {name}; update the project there")
             _fetch_file(channel, folder, name, card["files"][name])
+    staged = {name: folder / f"{card['files'][name]['sha256']}.new" for name in wanted}
+    files = {name: path if path.exists() else folder / name for name, path in staged.items()}
+    if not accept(card, files):
+        write_whole(folder / REFUSED, str(card["version"]).encode())
+        for path in staged.values():
+            path.unlink(missing_ok=True)
+        return None
     _install(folder, text, card, wanted)
     return card
+
+
+def _refused_version(folder: Path) -> int:
+    """Return the version that this device did not accept; -1 if there is none."""
+    try:
+        return int((folder / REFUSED).read_text())
+    except (OSError, ValueError):
+        return -1
+
+
+def send_judgement(
+    server_address: str, identity: Identity | None, version: int, counts: tuple[int, int, int]
+) -> None:
+    """Report how many photographs were held out here, newly right and newly wrong."""
+    request = {"file": CARD, "version": version, "counts": counts}
+    with open_channel(server_address, [*NO_PROXY], identity) as channel:
+        for _ in _ask(channel, request, CARD_SECONDS):
+            pass
 
 
 def read_card(folder: Path) -> dict[str, Any] | None:

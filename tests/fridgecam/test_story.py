@@ -75,3 +75,25 @@ def test_fridges_train_the_head_and_see_better(start_server, fridge, service, tm
     assert [client.finish() for client in running] == [0, 0]
     accuracy = float(server.output.split("test accuracy ")[1].split(" %")[0])
     assert accuracy > 90
+
+
+def test_device_with_torch_takes_part_beside_one_without(
+    start_server, start_client, fridge, service, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    server, address = start_server(
+        model=MODEL, data_dir=str(service), init_weights=str(tmp_path / "start.safetensors"),
+        rounds="2",
+    )  # fmt: skip
+    assert fridge("a", "install", f"--server_address={address}", "--cid=a").finish() == 0
+    for i in range(3):
+        paint(tmp_path / "a" / "photos" / "Milk" / f"{i}.jpg", 1, 70 + i)
+        paint(tmp_path / "torch" / "train" / "Tomato" / f"{i}.jpg", 2, 80 + i)
+    assert fridge("a", "share", "on").finish() == 0
+    light = fridge("a", "train")
+    torchs = start_client(address, "b", model=MODEL, data_dir=str(tmp_path / "torch"))
+    assert server.finish() == 0, server.output
+    assert torchs.finish() == light.finish() == 0, torchs.output
+    assert "device a joined" in server.output
+    assert "device b joined" in server.output
+    assert "dropped" not in server.output
