@@ -39,13 +39,13 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
 from federated.errors import FederationError
 from federated.rounds import Fleet, Observer
-from federated.settings import RunSettings
+from federated.settings import OPEN_ENDED, RunSettings
 from plumbing import descriptors
 from plumbing.addresses import listening_addresses, parse_address
 from plumbing.flags import server_parser
@@ -78,6 +78,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[RunSettings, argparse.Namesp
         args.run_dir = args.resume = str(run_dir)
     names = {declared.name for declared in fields(RunSettings)}
     settings = RunSettings(**{name: getattr(args, name) for name in names})
+    if args.open_ended:
+        settings = replace(settings, rounds=OPEN_ENDED, lr_schedule="constant")
     rest = {name: value for name, value in vars(args).items() if name not in names}
     return settings, argparse.Namespace(**rest)
 

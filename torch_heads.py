@@ -17,12 +17,12 @@ import torch.nn.functional as F
 import utils
 from federated.errors import FederationError
 from federated.settings import RunSettings, Settings
-from head_trainer import Card, HeadTrainer, hash_arrays
+from head_trainer import Card, HeadTrainer, Weights, hash_arrays
 from light_trainer import OnnxBackbone
 from plumbing.checkpoints import encode_weights, load_fitting
 from plumbing.files import write_whole
 from plumbing.photos import FeatureCache, Photo, labelled, set_apart
-from plumbing.publish import CARD, Publication
+from plumbing.publish import CARD, Publication, is_worse
 from plumbing.security.identity import Identity
 from plumbing.stream.fetch import fetch_model
 from torch_export import to_onnx
@@ -137,6 +137,29 @@ class HeadLoader:
             yield self.x[chosen], self.labels[chosen]
 
 
+class ServiceTrainer(HeadTrainer):
+    """Trains on given photographs of the service, as devices train on theirs."""
+
+    def __init__(
+        self, card: Card, net: torch.nn.Module, photos: list[Photo], device: str = "cpu"
+    ) -> None:
+        super().__init__("service", card, TorchBackbone(net, device), Path(), feature_folder())
+        self.chosen = photos
+        self.cache = server_features(net, card.views)
+
+    def scan(self) -> list[Photo]:
+        return self.chosen
+
+
+def own_photos(data_dir: Path, classes: list[str]) -> list[Photo]:
+    """Return the service's photographs, without those that test where there is no test/."""
+    photos = labelled(data_dir / "train", classes)
+    rest = photos if (data_dir / "test").is_dir() else set_apart(photos)[0]
+    if not rest:
+        raise FederationError(f"no photographs in '{data_dir}/train' to train on")
+    return rest
+
+
 class HeadTest:
     """Test photographs as the backbone sees them, so that a round's test takes milliseconds.
 
@@ -148,6 +171,7 @@ class HeadTest:
         self.classes, self.photos, self.source = test_photos(Path(data_dir).expanduser())
         self.x: torch.Tensor | None = None
         self.labels = torch.empty(0)
+        self.hits = np.empty(0, bool)  # which photographs were right in the last evaluation
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -160,6 +184,7 @@ class HeadTest:
             self.x, self.labels = torch.from_numpy(x[:, 0]), torch.from_numpy(labels)
         head: Any = net.to(device).head
         scores = head(self.x.to(head.weight.device)).cpu()
+        self.hits = (scores.argmax(1) == self.labels).numpy()
         losses = F.cross_entropy(scores, self.labels, reduction="none").double()
         hits = (scores.argmax(1) == self.labels).double()
         of_class = [self.labels == c for c in range(len(self.classes))]
@@ -211,10 +236,31 @@ class Publisher:
     def __init__(self, card: Card, net: torch.nn.Module, publication: Publication) -> None:
         self.card = asdict(card)
         self.publication = publication
+        self.hits: np.ndarray | None = None  # of the model that is handed out
+        self.changes = (0, 0)  # what it had newly right and newly wrong at the gate
+        self.best: tuple[float, Weights] | None = None  # by the gate
         self.fixed = {
             FROZEN: encode_weights(frozen_arrays(net), {"frozen": card.frozen}),
             BACKBONE: to_onnx(net, card.image_size, features=True),
         }
+
+    def consider(self, weights: Weights, accuracy: float, hits: np.ndarray) -> str:
+        """Hand out a model unless it is worse than the one before; return why not, or ""."""
+        held_out, right, wrong = self.publication.judged()
+        if held_out and self.best and is_worse(self.changes[0] + right, self.changes[1] + wrong):
+            self.changes, self.hits = (0, 0), None
+            self.publish(self.best[1], self.best[0])
+            return f"worse on {held_out} photographs of devices; back to the best model"
+        if self.hits is not None:
+            changes = int((hits & ~self.hits).sum()), int((self.hits & ~hits).sum())
+            if is_worse(*changes):
+                return f"worse at the gate: {changes[0]} newly right, {changes[1]} newly wrong"
+            self.changes = changes
+        if not self.best or accuracy >= self.best[0]:
+            self.best = accuracy, weights
+        self.hits = hits
+        self.publish(weights, accuracy)
+        return ""
 
     def publish(self, weights: Mapping[str, np.ndarray], accuracy: float | None = None) -> int:
         """Hand out a model; return its version."""

@@ -14,7 +14,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ import torch
 
 import utils
 from federated.errors import FederationError
-from federated.rounds import Fleet, Observed, Observer, Plan, Step, synchronous
+from federated.rounds import Fleet, Notice, Observed, Observer, Plan, Step, synchronous
 from federated.settings import RunSettings
 from federated.strategies import Strategy, make_strategy, state_of_version_1
-from federated.updates import Bounds, Weights, fingerprint
+from federated.updates import Bounds, Update, Weights, fingerprint, make_update
 from plumbing import cli
 from plumbing.checkpoints import load_checkpoint, load_fitting
 from plumbing.publish import PUBLISHED, Publication
@@ -35,10 +35,11 @@ from plumbing.report import Console, draw_report, print_classes, shortened, step
 from plumbing.runs import RunDirectory, new_run_name, provenance
 from plumbing.tensorboard import TensorBoard
 from plumbing.threads import Threads
-from torch_heads import FROZEN, HeadTest, Publisher, make_card
-from torch_trainer import has_head
+from torch_heads import FROZEN, HeadTest, Publisher, ServiceTrainer, make_card, own_photos
+from torch_trainer import TorchTrainer, has_head
 
 ROOT = Path(__file__).resolve().parent
+MAX_OWN_WEIGHT = 1000.0
 UPDATE_COPIES = 5  # at most, of a device's update in memory while Flower's strategies aggregate
 
 
@@ -196,7 +197,14 @@ def open_start(
 # --- The story ------------------------------------------------------------------------
 
 
-def make_plan(settings: RunSettings, run_id: str, finished_round: int | None, task: Task) -> Plan:
+def make_plan(
+    settings: RunSettings,
+    run_id: str,
+    finished_round: int | None,
+    task: Task,
+    own: Callable[[int, Weights], tuple[Update, int]] | None = None,
+    every: float = 0.0,
+) -> Plan:
     """Return what a round needs to know of the settings."""
 
     def job_id(server_round: int) -> str:
@@ -219,6 +227,8 @@ def make_plan(settings: RunSettings, run_id: str, finished_round: int | None, ta
         timeout=settings.round_timeout or None,
         retries=settings.round_retries,
         seed=settings.seed,
+        own=own,
+        every=every,
     )
 
 
@@ -271,6 +281,9 @@ def run(
     task = Task(settings, args.data_dir, Threads(args.threads))
     bounds = Bounds(settings.max_update_norm, settings.max_weight_ratio)
     weights, finished_round = open_start(settings, args, task, strategy, bounds)
+    own = open_own_data(settings, task, args.own_data)
+    if own and not strategy.needs_only_mean:
+        raise FederationError(f"--own_data needs a strategy of means, not {settings.strategy}")
     model_bytes = sum(array.nbytes for array in weights.values())
     if not strategy.needs_only_mean:
         size = UPDATE_COPIES * model_bytes / 1e6
@@ -281,6 +294,7 @@ def run(
     try:
         fleet = open_fleet(task, model_bytes)
         publisher = open_publisher(task, settings, directory, fleet)
+        gate = HeadTest(args.gate_data) if publisher and args.gate_data else None
         console = Console(
             fleet.address, settings.rounds, task.testset.source, directory.config["utils_sha256"]
         )
@@ -306,15 +320,15 @@ def run(
             fleet,
             strategy,
             weights,
-            make_plan(settings, run_id, finished_round, task),
+            make_plan(settings, run_id, finished_round, task, own, args.every),
             bounds,
             observe,
         ):
             weights, evaluation = step.weights, step.evaluation
             observe(step)
             save_round(directory, settings, task, strategy, bounds, step)
-            if publisher:
-                publisher.publish(weights, evaluation["accuracy"])
+            if publisher and (problem := hand_out(publisher, task, weights, gate, args)):
+                observe(Notice(f"round {step.server_round} is not handed out: {problem}"))
         if evaluation is None:
             evaluation = task.evaluate(weights)
             print(f"all rounds are done; for more of them: --rounds {settings.rounds + 3}")
@@ -341,6 +355,54 @@ def open_publisher(
     fleet.publication = publication
     card = make_card(settings, task.net, task.testset.classes)
     return Publisher(card, task.net, publication)
+
+
+def hand_out(
+    publisher: Publisher,
+    task: Task,
+    weights: Weights,
+    gate: HeadTest | None,
+    args: argparse.Namespace,
+) -> str:
+    """Hand out a new model to the devices; return why not, or ""."""
+    assert isinstance(task.testset, HeadTest)
+    judge = gate or task.testset
+    utils.set_weights(task.net, weights)
+    accuracy = judge.evaluate(task.net, task.torch_device).accuracy
+    if gate or args.open_ended:
+        return publisher.consider(weights, accuracy, judge.hits)
+    publisher.publish(weights, accuracy)
+    return ""
+
+
+def open_own_data(
+    settings: RunSettings, task: Task, own_data: str | None
+) -> Callable[[int, Weights], tuple[Update, int]] | None:
+    """Return what trains in each round on the server's own photographs, for --own_data."""
+    if not own_data:
+        return None
+    folder, _, number = own_data.rpartition(":")
+    try:
+        weight = float(number)
+        if not (folder and 0 < weight <= MAX_OWN_WEIGHT):
+            raise ValueError
+    except ValueError:
+        raise FederationError(f"--own_data {own_data} is not DIR:WEIGHT, as in service:2") from None
+    trainer: TorchTrainer | ServiceTrainer
+    if isinstance(task.testset, HeadTest):
+        classes = task.testset.classes
+        photos = own_photos(Path(folder).expanduser(), classes)
+        trainer = ServiceTrainer(make_card(settings, task.net, classes), task.net, photos)
+    else:
+        trainer = TorchTrainer("service", settings.model, folder, task.torch_device)
+
+    def train(server_round: int, weights: Weights) -> tuple[Update, int]:
+        how = replace(settings.for_round(server_round), partition="none")
+        trained, count, metrics = trainer.fit(weights, how)
+        update = make_update(trained.values(), weights, count, metrics)
+        return update, max(1, round(weight * count))
+
+    return train
 
 
 def save_round(

@@ -262,6 +262,9 @@ class Fleet(ABC):
     def _next(self, timeout: float | None) -> Event | None: ...
 
 
+OWN = Device("service")  # the server itself, where it trains, too
+
+
 # --- Schedules ------------------------------------------------------------------------
 
 
@@ -273,6 +276,8 @@ class Plan:
         config: the settings of a round, by its number.
         job_id: a name for a round's work that no other run, and no other settings, share.
         evaluate: the new model's test results, "loss" among them.
+        own: trains in each round on what the server itself has; returns the update and its weight.
+        every: seconds from the beginning of one round to that of the next, at least.
     """
 
     rounds: int
@@ -286,6 +291,8 @@ class Plan:
     timeout: float | None = None  # seconds, then a round closes without those that are not done
     retries: int = 0  # attempts after the first, when there are too few good updates
     seed: int = 0
+    own: Callable[[int, Weights], tuple[Update, int]] | None = None
+    every: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -333,7 +340,12 @@ def synchronous(
         FederationError: a round has no new model after as many retries as the plan allows.
     """
     bounds = bounds or Bounds()
+    due = 0.0
     for server_round in range(plan.first_round, plan.rounds + 1):
+        while (left := due - time.monotonic()) > 0:
+            if event := fleet.wait(left):
+                observe(event)
+        due = time.monotonic() + plan.every
         step = _Round(server_round, fleet, strategy, weights, plan, bounds, observe).finish()
         weights = step.weights
         yield step
@@ -406,6 +418,8 @@ class _Round:
         try:
             self._collect(training)
             self._check()
+            if self.plan.own:  # not judged by the others: it is the server's
+                training.add(OWN, *self.plan.own(self.server_round, self.weights))
             collected = time.perf_counter()
             weights = training.aggregate()
             if not is_finite(weights.values()) or not is_finite(self.strategy.state()[0].values()):

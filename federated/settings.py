@@ -34,6 +34,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 REPLACED = {"FedOpt": "FedAdam, FedYogi or FedAdagrad", "FaultTolerantFedAvg": "FedAvg"}
 
+OPEN_ENDED = 1_000_000  # rounds of a service without an end
 SCHEDULES = ("linear", "cosine", "constant")  # of the learning rate, over the rounds
 
 

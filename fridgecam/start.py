@@ -10,25 +10,15 @@ import utils
 from federated.errors import FederationError
 from federated.settings import RunSettings, Settings
 from fridgecam.model import EffLite0, imagenet_backbone
-from head_trainer import HeadTrainer
 from plumbing import cli
 from plumbing.checkpoints import encode_weights
 from plumbing.files import write_whole
-from plumbing.photos import Photo, labelled, set_apart
-from torch_heads import TorchBackbone, class_folders, feature_folder, make_card, server_features
+from plumbing.photos import labelled, set_apart
+from torch_heads import ServiceTrainer, class_folders, make_card
 
 MODEL = "fridgecam.model:EffLite0"
 # Chosen on the service's photographs alone: three quarters of them train, one quarter tests.
-START = Settings(lr=0.05, lr_end=0.0, epochs=20, weight_decay=1e-3)
-
-
-class ServiceTrainer(HeadTrainer):
-    """Trains on given photographs of the service."""
-
-    chosen: list[Photo]
-
-    def scan(self) -> list[Photo]:
-        return self.chosen
+START = Settings(lr=0.02, lr_end=0.0, epochs=20, weight_decay=1e-2)
 
 
 def start(argv: list[str]) -> None:
@@ -60,11 +50,7 @@ def make_start(args: argparse.Namespace) -> None:
     photos = labelled(folder / "train", classes)
     rest, apart = (photos, []) if args.all else set_apart(photos)
     card = make_card(replace(RunSettings(), model=args.model), net, classes)
-    trainer = ServiceTrainer(
-        "service", card, TorchBackbone(net), folder / "train", feature_folder()
-    )
-    trainer.cache = server_features(net, card.views)
-    trainer.chosen = rest
+    trainer = ServiceTrainer(card, net, rest)
     weights, count, _ = trainer.fit(utils.get_weights(net), START)
     utils.set_weights(net, weights)
     state = {name: value.numpy() for name, value in net.state_dict().items()}

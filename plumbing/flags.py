@@ -39,6 +39,20 @@ def server_parser(description: str | None, **kwargs: str) -> cli.Parser:
         const="",
         metavar="DIR",
     )
+    parser.flag(
+        "own_data",
+        "the server trains, too, on DIR/train/<class>/*, which count WEIGHT times",
+        metavar="DIR:WEIGHT",
+    )
+    # A service without an end
+    parser.switch("open_ended", "train on as devices come; --lr stays as it is")
+    parser.flag("every", "begin no round sooner than S seconds after the last", 0.0, metavar="S")
+    parser.flag(
+        "gate_data",
+        "photographs that judge each new model before it is handed out: test/<class>/*, "
+        "or a quarter of train/<class>/* (default: those that test)",
+        metavar="DIR",
+    )
     parser.flag("threads", "processor threads; auto is the fastest number", "auto", metavar="N")
     parser.flag("log_file", "append all lines here, too, with times", metavar="FILE")
     # What is seen in the browser

@@ -6,6 +6,7 @@
 No torch, no ONNX: what computes features is handed in.
 """
 
+import contextlib
 import fnmatch
 import hashlib
 import io
@@ -184,6 +185,7 @@ class FeatureCache:
         self.compute = compute
         self.size, self.count = size, count
         self.limit_bytes = limit_bytes
+        self.broken: set[Path] = set()
         self.hashes: dict[Path, tuple[tuple[int, int], str]] = {}
 
     def features(self, photos: Sequence[Photo]) -> tuple[np.ndarray, np.ndarray]:
@@ -194,7 +196,9 @@ class FeatureCache:
                 found.append(self.features_of(photo.path))
                 labels.append(photo.label)
             except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of these
-                print(f"broken photograph skipped: {photo.path}: {error}", file=sys.stderr)
+                if photo.path not in self.broken:
+                    print(f"broken photograph skipped: {photo.path}: {error}", file=sys.stderr)
+                self.broken.add(photo.path)
         if not found:
             return np.empty((0, self.count, 0), np.float32), np.empty(0, np.int64)
         return np.stack(found), np.array(labels, np.int64)
@@ -211,7 +215,9 @@ class FeatureCache:
         except (OSError, ValueError, EOFError):  # not there, or cut off
             pass
         array = self.compute(views(path, self.size, self.count, digest.encode()))
-        self._write(cached, np.ascontiguousarray(array, np.float32))
+        array = np.ascontiguousarray(array, np.float32)
+        with contextlib.suppress(OSError):  # a full disk: then it is computed each time
+            self._write(cached, array)
         return array
 
     def _hash(self, path: Path) -> str:

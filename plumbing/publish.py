@@ -7,6 +7,7 @@ device fetches them by plumbing/stream/fetch.py.
 import base64
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,20 @@ from plumbing.photos import MOST_HELD_OUT
 CARD = "card.json"
 MOST_DEVICES = 100_000
 PUBLISHED = "published"  # the folder of a run with what its devices fetch
+
+
+SURE = 0.05  # a model that is worse by chance alone is that as often at most
+
+
+def is_worse(right: int, wrong: int) -> bool:
+    """Return whether a model is worse, given what it has newly right and newly wrong.
+
+    The exact one-sided sign test: of equally good models, so many of the changes or more are for
+    the worse with a probability of at most SURE.
+    """
+    changes = right + wrong
+    tail = sum(math.comb(changes, k) for k in range(wrong, changes + 1))
+    return changes > 0 and tail <= SURE * 2**changes
 
 
 class Publication:

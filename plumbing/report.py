@@ -22,6 +22,7 @@ from federated.rounds import (
     Step,
     Waiting,
 )
+from federated.settings import OPEN_ENDED
 from plumbing.board import MEGABYTES, TEMPERATURES, WATTS
 
 MAX_LINES = 20  # devices a round with a line of their own; metrics.jsonl has all
@@ -167,9 +168,10 @@ class Console:
         in_order = sorted(step.contributions, key=lambda c: natural(c.device.name))
         devices = [contribution_record(c) for c in in_order]
         width = max((len(device["name"]) for device in devices[:MAX_LINES]), default=0)
+        of_all = "" if self.rounds >= OPEN_ENDED else f"/{self.rounds}"
         more = [f"  … and {len(devices) - MAX_LINES} more in metrics.jsonl"]
         return [
-            f"round {step.server_round}/{self.rounds}  devices {len(devices)}/{step.sampled}  "
+            f"round {step.server_round}{of_all}  devices {len(devices)}/{step.sampled}  "
             f"loss {step.evaluation['loss']:.3f}  accuracy "
             f"{100 * step.evaluation['accuracy']:.1f} %{self.where}  "
             f"{step.seconds + step.seconds_evaluate:.1f} s",
