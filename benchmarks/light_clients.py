@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anyw
 
 import utils
 from plumbing.stream import wire
-from plumbing.stream.device import JOIN, REFUSALS
+from plumbing.stream.device import ANNOUNCE, HELLO, JOIN, REFUSALS
 
 PAUSE_SECONDS = 1.0  # before a device that was cut off comes back
 OPTIONS = [
@@ -115,16 +115,23 @@ async def live(address: str, cid: str, fleet: Fleet) -> None:
 
 async def converse(channel: grpc.aio.Channel, cid: str, fleet: Fleet) -> bool:
     """Answer what comes over one connection; return whether the run is over."""
-    stream = channel.stream_stream(JOIN)()
+    announces = await wants_announcements(channel)
+    stream = channel.stream_stream(JOIN)(metadata=[(wire.ANNOUNCE, "1")] if announces else None)
+
+    async def reply(data: bytes) -> None:
+        await stream.write(data)
+        if announces:
+            await channel.unary_unary(ANNOUNCE)(b"")
+
     mishap = ""
     while (data := await stream.read()) is not grpc.aio.EOF:
         request = wire.decode_request(data)
         del data
         if request.kind == "get_properties":
-            await stream.write(fleet.greeting(cid))
+            await reply(fleet.greeting(cid))
             continue
         if request.kind == "reconnect":
-            await stream.write(wire.encode_done_reply(will_reconnect=False))
+            await reply(wire.encode_done_reply(will_reconnect=False))
             return request.reconnect_seconds == 0
         if request.config.get(wire.MORE):
             continue
@@ -135,10 +142,20 @@ async def converse(channel: grpc.aio.Channel, cid: str, fleet: Fleet) -> bool:
         if mishap == "silent":
             await stream.read()  # the server hangs up
             return False
-        answer = fleet.answer(request, mishap)
+        answer, is_words = fleet.answer(request, mishap), request.kind == "fit"
         del request
-        await stream.write(answer)
+        await (reply(answer) if is_words else stream.write(answer))
     return False
+
+
+async def wants_announcements(channel: grpc.aio.Channel) -> bool:
+    """Ask the server whether replies are to be announced; a stock Flower server knows none."""
+    try:
+        return json.loads(await channel.unary_unary(HELLO)(b""))[wire.ANNOUNCE]
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+            return False
+        raise
 
 
 async def run(address: str, cids: range, fleet: Fleet) -> None:

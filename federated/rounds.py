@@ -21,6 +21,7 @@ LOST = "the connection broke"
 REVOKED = "it was revoked"
 TEST_LOSS = "the new model's test loss is"
 MAX_FAILURES = 3  # bad replies in a row; then a device is left out
+MAX_BROKEN = 10  # times that all connections may break in a round, at the cost of no attempt
 
 # --- What travels between a schedule and a fleet --------------------------------------
 
@@ -384,6 +385,7 @@ class _Round:
         self.excluded: set[str] = set()  # cids that it does not ask again
         self.counted: list[Contribution] = []
         self.sampled = 0
+        self.broken = 0  # attempts in which all connections broke
 
     def finish(self) -> Step:
         """Make attempts until one has a new model."""
@@ -607,7 +609,10 @@ class _Round:
                 device.gone = REVOKED  # its connection is being cut
             raise NoModel(blameless=True)
         if not self.counted and self.reasons and set(self.reasons) <= {LOST, REVOKED}:
-            raise NoModel(blameless=True)  # wait until they are back
+            self.broken += 1
+            if self.broken <= MAX_BROKEN:
+                raise NoModel(blameless=True)  # wait until they are back
+            raise NoModel(f"all connections broke, {self.broken} times in this round")
         if len(self.counted) < self.plan.min_replies:
             raise NoModel()
         if outliers:

@@ -302,7 +302,7 @@ def read_signing_request(data: bytes) -> x509.CertificateSigningRequest:
         if not request.is_signature_valid:
             raise ValueError("it is not signed by its own key")
     except Exception as error:  # cryptography documents no list of what a parser may raise
-        raise FederationError(f"no valid certificate request: {error}") from None
+        raise FederationError(f"no valid certificate request: {str(error)[:200]}") from None
     return request
 
 

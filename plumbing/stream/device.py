@@ -5,7 +5,6 @@ One process, one stream. `serve` returns when the server ends the run.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -14,7 +13,7 @@ import random
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,6 +31,7 @@ logger = logging.getLogger(__name__)
 JOIN = "/flwr.proto.FlowerService/Join"
 HELLO = "/plumbing.Fleet/Hello"
 PROGRESS = "/plumbing.Fleet/Progress"
+ANNOUNCE = "/plumbing.Fleet/Announce"
 MAX_PAUSE_SECONDS = 30.0
 REPORT_SECONDS = 5.0  # then a report of progress that has not arrived is given up
 HELLO_SECONDS = 10.0  # gRPC itself tries for 20 s to reach an address that swallows packets
@@ -194,7 +194,7 @@ class Reporter:
     def __call__(self, report: Mapping[str, Any]) -> None:
         """Send a report, and do not wait for the answer."""
         if channel := self.channel:
-            with contextlib.suppress(grpc.RpcError, ValueError):  # the channel is closed
+            with suppress(grpc.RpcError, ValueError):  # the channel is closed
                 metadata = [(wire.PROGRESS_KEY, wire.encode_progress(report))]
                 call = channel.unary_unary(PROGRESS).future(
                     b"", timeout=REPORT_SECONDS, metadata=metadata
@@ -310,9 +310,10 @@ def _serve_once(
         timeout = max(MIN_PAUSE_SECONDS, min(HELLO_SECONDS, seconds))
         if identity:
             identity.prepare(server_address, timeout)
-        keepalive_seconds, worker.misfit = _hello(server_address, timeout, identity)
-        with _join(server_address, keepalive_seconds, identity, worker.reporter) as conversation:
-            messages, replies = conversation
+        server = _hello(server_address, timeout, identity)
+        worker.misfit = server.misfit
+        with _join(server_address, server, identity, worker.reporter) as conversation:
+            messages, replies, announce = conversation
             for data in messages:
                 if not outcome.connected:
                     outcome.connected = True
@@ -320,14 +321,19 @@ def _serve_once(
                 if identity:
                     identity.renew_if_due(server_address)
                 request = wire.decode_request(data)
+                reply: bytes | None
                 if worker.misfit and request.kind not in ("get_properties", "reconnect"):
                     raise Refused(worker.misfit)
                 if request.kind == "reconnect":
                     outcome.done = request.reconnect_seconds <= 0
                     outcome.pause_seconds = request.reconnect_seconds
-                    replies.put(wire.encode_done_reply(will_reconnect=not outcome.done))
-                elif reply := worker.answer(data, request):
+                    reply = wire.encode_done_reply(will_reconnect=not outcome.done)
+                else:
+                    reply = worker.answer(data, request)
+                if reply:
                     replies.put(reply)
+                if reply and request.kind != "get_parameters":
+                    announce()
         outcome.reason = "the run is over" if outcome.done else "the server ended the conversation"
         if outcome.pause_seconds:
             outcome.reason = "the server was interrupted"
@@ -374,20 +380,25 @@ def open_channel(
     return grpc.insecure_channel(server_address, options)
 
 
-def _hello(server_address: str, timeout: float, identity: Identity | None) -> tuple[float, str]:
-    """Ask whether the server is there at all.
+@dataclass(frozen=True)
+class _Server:
+    """What a server reports of itself."""
 
-    Returns:
-        How often the connection may be probed, in seconds; and why this device cannot work
-        with the server, or "". The server learns that when the device joins, so that there is
-        a line on its screen, too.
-    """
+    keepalive_seconds: float  # how often the connection may be probed
+    # Why this device cannot work with it. The server learns that when the device joins, so that
+    # there is a line on its screen, too.
+    misfit: str = ""
+    wants_announcements: bool = False  # see wire.ANNOUNCE
+
+
+def _hello(server_address: str, timeout: float, identity: Identity | None) -> _Server:
+    """Ask whether the server is there at all, and what it is."""
     with open_channel(server_address, NO_PROXY, identity) as channel:
         try:
             answer = channel.unary_unary(HELLO)(b"", timeout=timeout)
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNIMPLEMENTED:
-                return STOCK_KEEPALIVE_SECONDS, ""
+                return _Server(STOCK_KEEPALIVE_SECONDS)
             raise
     try:
         reported = json.loads(answer)
@@ -395,35 +406,39 @@ def _hello(server_address: str, timeout: float, identity: Identity | None) -> tu
         problem = wire.version_problem(reported.get(wire.VERSION, 1), "the server")
     except (KeyError, TypeError, ValueError, AttributeError):
         raise FederationError(f"{server_address} is no server of this kind: {answer!r}") from None
-    return keepalive_seconds, problem or ""
+    return _Server(keepalive_seconds, problem or "", reported.get(wire.ANNOUNCE) is True)
 
 
 @contextmanager
 def _join(
-    server_address: str,
-    keepalive_seconds: float,
-    identity: Identity | None,
-    reporter: Reporter,
-) -> Iterator[tuple[Iterator[bytes], queue.SimpleQueue[bytes]]]:
-    """Open the stream; yield the server's messages and a queue for the answers."""
+    server_address: str, server: _Server, identity: Identity | None, reporter: Reporter
+) -> Iterator[tuple[Iterator[bytes], queue.SimpleQueue[bytes], Callable[[], None]]]:
+    """Open the stream; yield the server's messages, a queue for answers, what announces one."""
     options = [
         *NO_PROXY,
         ("grpc.max_send_message_length", -1),
         ("grpc.max_receive_message_length", -1),
         # Find out a server that fell silent, or a link that died silently.
-        ("grpc.keepalive_time_ms", int(keepalive_seconds * 1000)),
-        ("grpc.keepalive_timeout_ms", int(keepalive_seconds * 500)),
+        ("grpc.keepalive_time_ms", int(server.keepalive_seconds * 1000)),
+        ("grpc.keepalive_timeout_ms", int(server.keepalive_seconds * 500)),
         # As the server's: see plumbing/stream/fleet.py.
-        ("grpc.http2.ping_timeout_ms", int(min(keepalive_seconds * 1.8, 60) * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(min(server.keepalive_seconds * 1.8, 60) * 1000)),
         ("grpc.http2.max_pings_without_data", 0),
     ]
     replies: queue.SimpleQueue = queue.SimpleQueue()
     with open_channel(server_address, options, identity) as channel:
         join = channel.stream_stream(JOIN)  # bytes in, bytes out
-        stream = join(iter(replies.get, None))
+        metadata = [(wire.ANNOUNCE, "1")] if server.wants_announcements else None
+        stream = join(iter(replies.get, None), metadata=metadata)
         reporter.channel = channel
+
+        def announce() -> None:
+            if server.wants_announcements:
+                with suppress(grpc.RpcError):  # the stream has it too, with the reason
+                    channel.unary_unary(ANNOUNCE)(b"", timeout=HELLO_SECONDS)
+
         try:
-            yield stream, replies
+            yield stream, replies, announce
         finally:
             reporter.channel = None
             replies.put(None)

@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -45,23 +46,19 @@ from plumbing.security.complaints import Refusals
 from plumbing.security.gate import Door, Gate, Peer, peer_address
 from plumbing.security.identity import ENROL
 from plumbing.stream import wire
-from plumbing.stream.session import (
-    GOODBYE_SECONDS,
-    MAX_CHUNK_BYTES,
-    Memory,
-    Reply,
-    Session,
-    Work,
-)
+from plumbing.stream.session import GOODBYE_SECONDS, Reply, Session, Work
+from plumbing.stream.turns import MAX_CHUNK_BYTES, Incoming, Memory
 
 GREETING_SECONDS = 300.0  # to report what it is; a Pi may have to cut its partition first
 NAME_SECONDS = 0.5  # a broken connection is mostly noticed by then, and its name free
+TOO_LARGE = "it sent a message that is too large"
 PAUSE_SECONDS = 5  # then devices come back to a server that was interrupted
 # For a connection to speak TLS and HTTP/2: that takes a Pi 3 some 20 ms of processor time, and
 # 1,000 devices that come at once take a server 3.3 s.
 HANDSHAKE_SECONDS = 5
 IDLE_SECONDS = 10  # then a connection without a call is closed; a device's stream is one
 FETCH_PIECE_BYTES = 1 << 18  # of the newest model, which devices fetch
+LARGE_MESSAGE_BYTES = 2 * MAX_CHUNK_BYTES  # above, none is read before it is its turn
 WINDOW_BYTES = 1 << 19  # under way to us on a connection: 25 MB/s where a round trip takes 20 ms
 
 # glibc's numbers for two limits: from what size on a freed block goes back to the system, and how
@@ -133,6 +130,7 @@ class StreamFleet(Fleet):
         self._lost: dict[str, Work] = {}  # by cid, of devices whose connection broke
         self._servers: list[grpc.aio.Server] = []
         self._numbers = itertools.count(1)
+        self._incoming: dict[str, Incoming] = {}  # by gRPC's name for the other end
         self._streams: set[asyncio.Task] = set()
         self._background: set[asyncio.Task] = set()
         self._memory = Memory(model_bytes)
@@ -211,21 +209,12 @@ class StreamFleet(Fleet):
     # --- The event loop's thread: listening ---
 
     async def _listen(self, server_address: str) -> str:
-        # All take a stream of bytes, since for others gRPC reads a message before we are asked.
-        methods: dict[str, Any] = {
-            "Hello": self._hello,
-            "Progress": self._progress,
-            "Fetch": self._fetch,
-        }
-        if self.gate:
-            methods |= {"Enrol": self.gate.enrol, "Renew": self.gate.renew}
-        services = {"flwr.proto.FlowerService": {"Join": self._join}, "plumbing.Fleet": methods}
         # Where keys are demanded only this project's devices join, whose largest message is a
         # chunk. gRPC has one limit for all that a server listens at.
-        server = self._make_server(services, MAX_CHUNK_BYTES if self.gate else self.max_reply_bytes)
+        server = self._make_server(MAX_CHUNK_BYTES if self.gate else self.max_reply_bytes)
         address = self._bind(server, server_address, self.gate and self.gate.credentials())
         if self.gate and self.stock_address:
-            server = self._make_server(services, self.max_reply_bytes)
+            server = self._make_server(self.max_reply_bytes)
             credentials = self.gate.credentials(demand_key=False)
             self.stock_address = self._bind(server, self.stock_address, credentials)
         for server in self._servers:
@@ -235,9 +224,19 @@ class StreamFleet(Fleet):
             self._in_background(self._watch(self.gate))
         return address
 
-    def _make_server(
-        self, services: Mapping[str, Mapping[str, Any]], max_message_bytes: int
-    ) -> grpc.aio.Server:
+    def _make_server(self, max_message_bytes: int) -> grpc.aio.Server:
+        # All take a stream of bytes, since for others gRPC reads a message before we are asked.
+        large = max_message_bytes > LARGE_MESSAGE_BYTES
+        methods: dict[str, Any] = {
+            "Hello": partial(self._hello, large),
+            "Announce": self._announce,
+            "Progress": self._progress,
+            "Fetch": partial(self._fetch, large),
+        }
+        if self.gate:
+            methods |= {"Enrol": self.gate.enrol, "Renew": self.gate.renew}
+        join = {"Join": partial(self._join, large)}
+        services = {"flwr.proto.FlowerService": join, "plumbing.Fleet": methods}
         server = grpc.aio.server(
             interceptors=[Door(self.gate, open_methods=[ENROL])],
             options=server_options(max_message_bytes, self.keepalive_seconds),
@@ -294,9 +293,15 @@ class StreamFleet(Fleet):
 
     # --- The event loop's thread: joining ---
 
-    async def _hello(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
+    async def _hello(
+        self, large: bool, _: Any, context: grpc.aio.ServicerContext, peer: Peer
+    ) -> None:
         """Answer what a device must know before it opens the stream."""
-        answer = {"keepalive_seconds": self.keepalive_seconds, "protocol": wire.PROTOCOL}
+        answer = {
+            "keepalive_seconds": self.keepalive_seconds,
+            wire.VERSION: wire.PROTOCOL,
+            wire.ANNOUNCE: large,
+        }
         await context.write(json.dumps(answer).encode())
 
     async def _progress(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
@@ -317,10 +322,13 @@ class StreamFleet(Fleet):
                     self._events.put(session)
         await context.write(b"")
 
-    async def _fetch(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
+    async def _fetch(
+        self, large: bool, _: Any, context: grpc.aio.ServicerContext, peer: Peer
+    ) -> None:
         """Hand out the newest model's card, or one of its files from some byte on."""
+        incoming = Incoming(context, self._memory, large, announces=False)
         try:
-            request = json.loads(await asyncio.wait_for(context.read(), HANDSHAKE_SECONDS))
+            request = json.loads(await incoming.read_words(HANDSHAKE_SECONDS))
             wanted, offset = str(request["file"]), int(request.get("offset", 0))
             if offset < 0:
                 raise ValueError
@@ -342,14 +350,25 @@ class StreamFleet(Fleet):
             offset += len(piece)
             await context.write(piece)
 
-    async def _join(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
+    async def _announce(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
+        """Note that a reply is on its way on the connection by which the device has joined."""
+        if incoming := self._incoming.get(context.peer()):
+            incoming.announce()
+        await context.write(b"")
+
+    async def _join(
+        self, large: bool, _: Any, context: grpc.aio.ServicerContext, peer: Peer
+    ) -> None:
         """Serve one device for as long as it is connected."""
         stream = asyncio.current_task()
         assert stream
         self._streams.add(stream)
         session: Session | None = None
+        connection = context.peer()
+        announces = wire.ANNOUNCE in dict(context.invocation_metadata() or ())
+        incoming = self._incoming[connection] = Incoming(context, self._memory, large, announces)
         try:
-            session = await self._greet(context, peer)
+            session = await self._greet(context, incoming, peer)
             if self.closing:  # it came while the run ended
                 session.dismiss(wire.encode_goodbye())
             replies = session.replies()
@@ -358,6 +377,10 @@ class StreamFleet(Fleet):
                     self._pass_on(reply)
                     del reply
         except asyncio.CancelledError:
+            # For a message over its limit gRPC cancels us as for a connection that broke. Only
+            # then it no longer knows whose the call was [grpcio 1.85.1; 40 calls of each kind].
+            if session and not session.cut_off and not context.peer():
+                session.cut_off = TOO_LARGE
             # gRPC sends no status by itself then, and the device would wait for ever.
             if session and session.cut_off == REVOKED:
                 await context.abort(grpc.StatusCode.PERMISSION_DENIED, REVOKED)
@@ -366,6 +389,8 @@ class StreamFleet(Fleet):
             raise
         finally:
             self._streams.discard(stream)
+            if self._incoming.get(connection) is incoming:
+                del self._incoming[connection]
             if session:
                 self._part(session)
 
@@ -375,20 +400,20 @@ class StreamFleet(Fleet):
             return
         del self._sessions[session.cid]
         work = session.work
-        if work and work.job and session.cut_off == REVOKED:
-            self._events.put(Reply(work, None, REVOKED))
+        if work and work.job and session.cut_off in (REVOKED, TOO_LARGE):
+            self._events.put(Reply(work, None, session.cut_off))
         elif work and work.job:
             self._lost[session.cid] = work
         self._events.put(Left(session.device, session.cut_off or LOST))
 
-    async def _greet(self, context: grpc.aio.ServicerContext, peer: Peer) -> Session:
+    async def _greet(
+        self, context: grpc.aio.ServicerContext, incoming: Incoming, peer: Peer
+    ) -> Session:
         """Ask the device what it is; return its session, or refuse it."""
         address = peer_address(context)
         await context.write(self.greeting)
         try:
-            data = await asyncio.wait_for(context.read(), GREETING_SECONDS)
-            if data is grpc.aio.EOF:
-                raise BadReply("closed the connection")
+            data = await incoming.read_words(GREETING_SECONDS)
             properties = wire.decode_properties_reply(data) or {}
         except (BadReply, TimeoutError) as error:
             reason = f"it did not report what it is ({error or 'no answer'})"
@@ -403,7 +428,7 @@ class StreamFleet(Fleet):
             await self._refuse(context, grpc.StatusCode.PERMISSION_DENIED, address, reason)
         if "cid" not in properties:
             device = Device(f"?{next(self._numbers)}")
-            return self._admit(Session(device, context, self._memory, self._offer))
+            return self._admit(Session(device, context, self._memory, incoming, self._offer))
         in_pieces = properties.pop(wire.PIECES, False) is True
         device = Device(claimed, clean_metrics(properties))
         try:
@@ -414,9 +439,16 @@ class StreamFleet(Fleet):
             properties
         ):
             await self._refuse(context, grpc.StatusCode.FAILED_PRECONDITION, device.name, objection)
-        await self._wait_for_name(context, device)
+        await self._wait_for_name(context, incoming, device)
         session = Session(
-            device, context, self._memory, self._offer, in_pieces, address, peer.key_hash
+            device,
+            context,
+            self._memory,
+            incoming,
+            self._offer,
+            in_pieces,
+            address,
+            peer.key_hash,
         )
         self._admit(session)
         if self.gate:
@@ -433,7 +465,9 @@ class StreamFleet(Fleet):
         self.refusals.add(who, reason)
         await context.abort(code, reason)
 
-    async def _wait_for_name(self, context: grpc.aio.ServicerContext, device: Device) -> None:
+    async def _wait_for_name(
+        self, context: grpc.aio.ServicerContext, incoming: Incoming, device: Device
+    ) -> None:
         """Wait until no other connection has the device's name, or refuse it.
 
         A device that lost its power comes back before its dead connection is noticed: the old
@@ -449,8 +483,10 @@ class StreamFleet(Fleet):
                 self._notice(f"{device.name} waits up to {patience:.0f} s to join: {other}")
                 note = f"{other}; waiting up to {patience:.0f} s for the server to give it up"
                 await context.write(wire.encode_get_properties({wire.NOTE: note}))
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(context.read(), patience)
+                try:
+                    await incoming.read_words(patience)
+                except (TimeoutError, BadReply):
+                    deadline = 0.0
             if time.monotonic() > deadline:
                 reason = f"a device with --cid={device.cid} is connected already; give each its own"
                 if self.gate:
@@ -616,7 +652,13 @@ def server_options(max_message_bytes: int, keepalive_seconds: float) -> list[tup
         # is queued behind a model: with 100 kB/s for 11 to 15 s.
         ("grpc.http2.ping_timeout_ms", int(keepalive_seconds * 1800)),
         ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.max_ping_strikes", 0),  # devices probe the connection as often
+        # Devices probe the connection half as often as this allows. Who sends far more pings is
+        # hung up on, else 200,000 of them are answered in a second.
+        ("grpc.http2.min_ping_interval_without_data_ms", int(keepalive_seconds * 500)),
+        ("grpc.http2.max_ping_strikes", 10),
+        # Calls at a time on a connection: a device has 2. Without a limit 40,000 that are opened
+        # and reset took 57 MB, with it 6.
+        ("grpc.max_concurrent_streams", 100),
         ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1000)),
         ("grpc.max_connection_idle_ms", int(IDLE_SECONDS * 1000)),
         # What may come in unread on a connection. Left to gRPC it grows with the speed of the

@@ -1,7 +1,6 @@
 """The server's conversation with one connected device: jobs out, replies in.
 
-Everything here runs in the fleet's event loop. How much of large models is in memory at a
-time is bounded by Turns, which the devices take one after the other.
+Everything here runs in the fleet's event loop.
 """
 
 import asyncio
@@ -17,77 +16,23 @@ import grpc
 from federated.errors import BadReply
 from federated.rounds import Device, Job, Progress
 from plumbing.stream import wire
+from plumbing.stream.turns import (
+    MIN_BYTES_PER_SECOND,
+    OFFER_BYTES,
+    STALL_SECONDS,
+    Incoming,
+    Memory,
+    no_turn,
+)
 
 GOODBYE_SECONDS = 5.0
-OFFER_BYTES = 1 << 16  # more than a reply without weights takes
-MAX_CHUNK_BYTES = wire.CHUNK_BYTES + OFFER_BYTES
 
-# How much of large models is in memory at a time; the devices take turns, those that send
-# theirs until it has been dealt with.
-SENDING_BYTES = 32 << 20
-RECEIVING_BYTES = 96 << 20
-RECEIVING_WHOLE_BYTES = 384 << 20  # 8 of ResNet18: so many stock clients may be training
-
-# A device that has offered its update has to send it at this rate after this time at most, and
-# each chunk at a tenth of its own rate so far; else its connection is closed.
-STALL_SECONDS = 5.0
-MIN_BYTES_PER_SECOND = 100_000
+# A device that has offered its update has to send each chunk at this part of its own rate so far
+# (see turns.py); else its connection is closed.
 SLOWER = 10  # times than before
-# At this rate a turn passes on while a slow link still carries what is left.
-TURN_BYTES_PER_SECOND = 1_000_000
 
 
 T = TypeVar("T")
-
-
-def no_turn() -> None:
-    """End the turn of whoever needs none."""
-
-
-class Turns:
-    """At most `count` do something at a time.
-
-    Args:
-        seconds: then a turn passes on: one slow link must not hold up a fleet. None is never.
-    """
-
-    def __init__(self, count: int, seconds: float | None = None) -> None:
-        self._free = asyncio.Semaphore(count)
-        self._seconds = seconds
-
-    async def take(self) -> Callable[[], None]:
-        """Wait for a turn; return what ends it."""
-        await self._free.acquire()
-        ended = False
-
-        def end() -> None:
-            nonlocal ended
-            if not ended:
-                ended = True
-                self._free.release()
-            if timer:
-                timer.cancel()
-
-        timer = None
-        if self._seconds is not None:
-            timer = asyncio.get_running_loop().call_later(self._seconds, end)
-        return end
-
-
-class Memory:
-    """The turns of all devices, for a model of `model_bytes`."""
-
-    def __init__(self, model_bytes: int) -> None:
-        model_bytes = model_bytes or 1
-        piece_bytes = min(model_bytes, wire.PIECE_BYTES)
-        whole_seconds = STALL_SECONDS + model_bytes / TURN_BYTES_PER_SECOND
-        self.sending = Turns(
-            max(2, SENDING_BYTES // piece_bytes),
-            STALL_SECONDS + piece_bytes / MIN_BYTES_PER_SECOND,
-        )
-        self.sending_whole = Turns(max(2, SENDING_BYTES // model_bytes), whole_seconds)
-        self.receiving = Turns(max(2, RECEIVING_BYTES // model_bytes), whole_seconds)
-        self.receiving_whole = Turns(max(2, RECEIVING_WHOLE_BYTES // model_bytes))
 
 
 class Work:
@@ -137,6 +82,7 @@ class Session:
         device: Device,
         context: grpc.aio.ServicerContext,
         memory: Memory,
+        incoming: Incoming,
         offered: Callable[[Work], None],
         in_pieces: bool = False,
         address: str = "",
@@ -146,6 +92,7 @@ class Session:
         self.cid = device.cid
         self.context = context
         self.memory = memory
+        self.incoming = incoming
         self.offered = offered
         self.in_pieces = in_pieces
         self.address = address  # its IP address
@@ -181,18 +128,18 @@ class Session:
         while isinstance(work := await self._inbox.get(), Work):
             try:
                 reply = await self._ask(work)
-            except BadReply as error:
-                self.work = None
+            except BadReply as error:  # which keeps what was read, until we leave this block
                 self.cut_off = str(error)
-                yield Reply(work, None, str(error))
-                return
             self.work = None
+            if self.cut_off:
+                yield Reply(work, None, self.cut_off)
+                return
             del work  # it would keep the weights of its round until the next one
             yield reply
             del reply
         await self.context.write(work)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.context.read(), GOODBYE_SECONDS)
+        with contextlib.suppress(TimeoutError, BadReply):
+            await self.incoming.read_words(GOODBYE_SECONDS)
 
     async def _ask(self, work: Work) -> Reply:
         """Send a job and return the reply; weights are fetched when it is their turn."""
@@ -200,18 +147,23 @@ class Session:
         sending = time.monotonic() - start
         if not sent:  # nobody waited for it any more when its turn came
             return Reply(work, None, "too late")
-        # A stock client's update comes as soon as it has trained.
-        end_turn = no_turn if self.in_pieces else await self.memory.receiving_whole.take()
+        announced = self.incoming.announces
+        if announced:
+            await self.incoming.announcement()
+            self.offered(work)
+        seconds = time.monotonic() - start
+        end_turn = await self._turn_to_answer()
         try:
-            answer = await self._read()
-            seconds = time.monotonic() - start
+            answer = await self._read_answer()
+            seconds = seconds if announced else time.monotonic() - start
             if self.in_pieces and len(answer) > OFFER_BYTES:
                 raise BadReply(f"sent {len(answer):,} bytes where it had to offer its update")
             if not is_offer(answer, work.id):
                 return Reply(work, answer, "", [], seconds, sent, len(answer), end_turn, sending)
-            end_turn()
-            self.offered(work)
-            end_turn = await self.memory.receiving.take()
+            if not announced:
+                end_turn()
+                self.offered(work)
+                end_turn = await self.incoming.receiving_turn()
             if not work.request:
                 end_turn()
                 return Reply(work, None, "too late")
@@ -226,6 +178,22 @@ class Session:
             work, answer, "", chunks, seconds, sent, received, end_turn, sending, receiving
         )
 
+    async def _turn_to_answer(self) -> Callable[[], None]:
+        """Wait until the device's answer to a job may be read; return what ends the turn."""
+        if self.incoming.announces:
+            return await self.incoming.receiving_turn()
+        if self.in_pieces and not self.incoming.large:
+            return no_turn  # it is not larger than a chunk
+        return await self.memory.whole.take()  # it may come as soon as the device has trained
+
+    async def _read_answer(self) -> bytes:
+        if not self.incoming.announces:
+            return await self._read()
+        data, waited = await counting_seconds(self._read(), STALL_SECONDS)
+        if data is None:
+            raise BadReply(f"announced a reply, then sent nothing for {waited:.0f} s")
+        return data
+
     async def _send(self, work: Work) -> tuple[float, int]:
         """Send a request, in pieces where the device takes them; return from when on, and bytes."""
         turns, messages = self.memory.sending, self._messages(work)
@@ -239,10 +207,26 @@ class Session:
                 if not (message := next(messages, b"")):  # made now, not while it waited
                     return start, sent
                 sent += len(message)
-                await self.context.write(message)
+                await self._write(message)
                 del message  # it would be kept until the next turn, 10 MB a device
             finally:
                 end_turn()
+
+    async def _write(self, message: bytes) -> None:
+        """Send a part of the model, or all of it.
+
+        Raises:
+            BadReply: the device does not take it, or not fast enough.
+        """
+
+        async def write() -> bool:
+            await self.context.write(message)
+            return True
+
+        allowed = STALL_SECONDS + len(message) / MIN_BYTES_PER_SECOND
+        taken, waited = await counting_seconds(write(), allowed)
+        if not taken:
+            raise BadReply(f"did not take {len(message):,} bytes of the model in {waited:.0f} s")
 
     def _messages(self, work: Work) -> Iterator[bytes]:
         if work.resumed:

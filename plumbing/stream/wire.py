@@ -57,6 +57,11 @@ FIRST_CHUNK_BYTES = 1 << 16  # of a larger model, then twice as much: a stall is
 FIRST, COUNT = "first", "count"  # which arrays
 SKIP, TAKE = "skip", "take"  # of the only one of them: which bytes
 
+# In the answer to Hello: the server reads a reply to a greeting or a job only after the device's
+# call of Announce, since any message can be large there. In the metadata of Join: this device
+# makes those calls. A stock client does not: the server reads it when it has room.
+ANNOUNCE = "announce"
+
 # In the config of a get_properties: a line for the device's screen. Its answer is not read.
 NOTE = "note"
 

@@ -78,3 +78,9 @@ def edited_client(launch: Callable[..., Process], tmp_path: Path) -> Callable[..
         )
 
     return start
+
+
+def token_of(server: Process) -> str:
+    """Return the token that a secured server has printed."""
+    (line,) = [line for line in server.lines if "--join=" in line]
+    return line.partition("--join=")[2].split()[0]

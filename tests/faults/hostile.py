@@ -5,10 +5,16 @@
 
 Their names are stall-0, stall-1, … and so on.
 
-    stall    offer an update, and send nothing of it
-    trickle  send the first chunk of it, and then nothing
-    whole    announce offers, and send so many MB instead
-    stock    send so many MB as a stock client would
+    stall      offer an update, and send nothing of it
+    trickle    send the first chunk of it, and then nothing
+    whole      do not announce replies, and send so many MB where an offer is due
+    announced  announce replies, and send so many MB where an offer is due
+    silent     promise to announce replies, and send so many MB without
+    chunk      offer an update, and send so many MB where a chunk is due
+    greeting   send so many MB where a greeting is due
+    greeted    the same, and announce it
+    deaf       join, and read nothing of the model
+    stock      send so many MB as a stock client would
 
 At a server with --secure their key files, as `devices admit` makes them, are in a further DIR.
 """
@@ -27,7 +33,7 @@ import numpy as np
 
 from plumbing.security import keys
 from plumbing.stream import wire
-from plumbing.stream.device import JOIN
+from plumbing.stream.device import ANNOUNCE, JOIN
 
 OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
@@ -58,28 +64,42 @@ def large_reply(megabytes: int) -> bytes:
 async def converse(
     channel: grpc.aio.Channel, cid: str, behaviour: str, large: bytes, together: asyncio.Barrier
 ) -> None:
-    stream = channel.stream_stream(JOIN)()
+    announces = behaviour not in ("whole", "greeting", "stock")
+    stream = channel.stream_stream(JOIN)(metadata=[(wire.ANNOUNCE, "1")] if announces else None)
+
+    async def reply(data: bytes, announced: bool = announces) -> None:
+        if announced:
+            await channel.unary_unary(ANNOUNCE)(b"")
+        await stream.write(data)
+
     weights: list[np.ndarray] = []
     served = 0
     while (data := await stream.read()) is not grpc.aio.EOF:
         request = wire.decode_request(data)
         del data
-        if request.kind == "get_properties":
-            await stream.write(greeting(cid, behaviour))
+        if request.kind == "get_properties" and behaviour.startswith("greet"):
+            await together.wait()
+            await reply(large)
+        elif request.kind == "get_properties":
+            await reply(greeting(cid, behaviour))
+            if behaviour == "deaf":
+                await asyncio.sleep(SILENCE_SECONDS)
         elif request.kind == "reconnect":
-            await stream.write(wire.encode_done_reply(will_reconnect=False))
+            await reply(wire.encode_done_reply(will_reconnect=False))
             return
         elif request.kind == "fit":
             weights += request.weights
             if request.config.get(wire.MORE):
                 continue
-            if large:
+            if large and behaviour != "chunk":
                 weights.clear()
                 await together.wait()
-                await stream.write(large)
+                await reply(large, announces and behaviour != "silent")
                 continue
             round_id = str(request.config[wire.ROUND_ID])
-            await stream.write(wire.encode_fit_reply([], 10, {wire.ROUND_ID: round_id}))
+            await reply(wire.encode_fit_reply([], 10, {wire.ROUND_ID: round_id}))
+        elif behaviour == "chunk":
+            await stream.write(large)
         elif behaviour == "trickle" and not served:
             served = 1
             first, config = int(request.config[wire.FIRST]), request.config
@@ -117,7 +137,7 @@ async def main(
     address: str, count: int, behaviour: str, megabytes: str = "0", directory: str = ""
 ) -> None:
     assert address.startswith("127.0.0.1:")
-    large = large_reply(int(megabytes)) if behaviour in ("whole", "stock") else b""
+    large = large_reply(int(megabytes)) if int(megabytes) else b""
     together = asyncio.Barrier(count)
     tasks = [
         live(address, f"{behaviour}-{i}", behaviour, large, together, directory)

@@ -198,7 +198,7 @@ def bad_replies() -> dict[str, tuple[bytes, str]]:
         "noise": (b"\xff" * 500, "500 bytes that are no Flower message"),
         "half of a message": (fit_reply(good)[:100_000], "bytes that are no Flower message"),
         "another message": (wire.encode_properties_reply({}), "a message of type get_properties"),
-        "a reply eight times the model": (huge, "too large|the connection broke"),
+        "a reply eight times the model": (huge, "it sent a message that is too large"),
     }
 
 
@@ -279,7 +279,7 @@ def all_bad() -> dict[str, tuple[Callable[[wire.Request], bytes | None], str]]:
         ),
         "an offer, then eight times the model": (
             offered(wire.encode_parameters_reply([np.zeros(500_000, np.float32)])),
-            "too large|the connection broke",
+            "it sent a message that is too large",
         ),
         "an offer for another round": (
             whole(wire.encode_fit_reply([], 10, {wire.ROUND_ID: "another"})),
@@ -308,8 +308,7 @@ def test_each_bad_reply_is_dropped_with_its_reason_and_the_model_is_the_mean_of_
     reasons = {drop["name"]: drop["reason"] for drop in metrics["dropped"]}
     for number, (kind, (_, reason)) in enumerate(kinds.items()):
         shown = reasons[f"device bad-{number}"]
-        matches = re.search(reason, shown) if "|" in reason else reason in shown
-        assert matches, f"{kind}: {shown!r}, not {reason!r}"
+        assert reason in shown, f"{kind}: {shown!r}, not {reason!r}"
         assert f"round 1: dropped device bad-{number}: {shown}" in server_process.output
     assert "\x9b" not in server_process.output
     for device in good:

@@ -118,31 +118,6 @@ def test_killed_server_goes_on_and_ends_bit_for_bit_where_an_unbroken_run_does(
     assert slowest < 100
 
 
-def test_run_with_a_seed_repeats_itself_bit_for_bit_also_if_its_server_is_killed(
-    launch, start_client, record_fault, tmp_path
-):
-    orders = [(0, 1), (1, 0)]  # in which the devices arrive: it must not matter
-    devices: list[Process] = []
-
-    def start_devices(address: str) -> None:
-        for cid in orders.pop():
-            devices.append(start_client(address, cid, "--threads=1"))
-            devices[-1].wait_for("connected to")
-
-    options = {"rounds": 4, "partition": "dirichlet:1", "seed": 5}
-    run_with_kills(launch, tmp_path / "broken", start_devices, [2], **options)
-    run_with_kills(launch, tmp_path / "unbroken", start_devices, [], **options)
-    assert [device.finish() for device in devices] == [0] * 4
-    assert_same_model(tmp_path / "broken", tmp_path / "unbroken")
-    assert [m["server_round"] for m in rounds_of(tmp_path / "broken")] == [1, 2, 3, 4]
-    record_fault(
-        "server killed, FedAvg, client.py trains Net",
-        "SIGKILL after round 2",
-        "--resume: devices come back by themselves; model bit for bit that of an unbroken run",
-        stock=STOCK_KILLED,
-    )
-
-
 def test_server_killed_after_the_last_round_dismisses_devices_when_it_is_resumed(
     launch, start_server, start_device, tmp_path
 ):

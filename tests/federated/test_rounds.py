@@ -328,6 +328,21 @@ def test_round_in_which_all_connections_break_costs_no_attempt():
 # --- Late devices ---------------------------------------------------------------------
 
 
+def test_round_in_which_all_connections_break_again_and_again_ends_the_run():
+    def breaks(job):
+        fleet.leave("0")
+        fleet.join("0")
+
+    fleet = MemoryFleet({"0": breaks})
+    run = Run(fleet, retries=1)
+    with pytest.raises(FederationError, match="round 1 brought no new model in 2 attempts"):
+        run.finish()
+    assert [retry.reason for retry in run.retries] == [
+        "all connections broke, 11 times in this round",
+        "all connections broke, 12 times in this round",
+    ]
+
+
 def test_late_device_is_dropped_and_its_late_result_counts_in_no_round():
     fleet = MemoryFleet({"0": adding(1), "1": silent})
     run = Run(fleet, rounds=3, timeout=0.05, min_num_clients=2, min_sample_size=1)

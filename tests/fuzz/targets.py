@@ -52,7 +52,7 @@ def check(data: bytes) -> None:
         target(data[1:])
     except refusal as error:
         assert str(error).isprintable(), f"a reason that is not one line: {error!r}"
-        assert len(str(error)) < 1000, f"a reason of {len(str(error))} characters"
+        assert len(str(error)) < 1000, f"a reason that is too long: {error}"
     assert [array.tobytes() for array in MODEL.values()] == MODEL_BYTES, "the model was changed"
 
 

@@ -65,7 +65,8 @@ def test_bytes_found_by_coverage_do_no_harm(tmp_path):
         warnings.warn("no atheris here: hypothesis alone changes the corpus", stacklevel=1)
         return
     done = fuzz(tmp_path, str(HERE / "fuzz.py"), seconds=SECONDS)
-    assert done.returncode == 0, done.stdout[-5000:]
+    harmful = [path.read_bytes() for path in tmp_path.glob("crash-*")]
+    assert done.returncode == 0, f"{harmful}\n{done.stdout[-5000:]}"
     runs = int(re.search(r"Done (\d+) runs", done.stdout)[1])
     print(f"{runs:,} inputs in {SECONDS} s, {len([*(tmp_path / 'new').iterdir()])} of them new")
     assert runs > 100 * SECONDS

@@ -1,6 +1,8 @@
 """plumbing/stream/fleet.py and plumbing/stream/device.py against each other, over real gRPC."""
 
 import contextlib
+import queue
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -215,13 +217,30 @@ def test_reply_far_larger_than_the_model_is_refused_before_it_is_read(open_fleet
     (device,) = recorder.wait_for(1)
     fleet.start(device, Job("1", 0, small_model(), {}))
     again = connected(recorder, "0", other_than=device)
-    assert device.gone == "the connection broke"  # all that the server sees
-    fleet.abandon(device, Job("1", 0, small_model(), {}))
+    assert device.gone == "it sent a message that is too large"
+    (result,) = [event for event in recorder.events if isinstance(event, Result)]
+    assert result.problem == device.gone
     fleet.start(again, Job("2", 0, small_model(), {}))
     recorder.until(lambda: isinstance(recorder.events[-1], Result))
     result = recorder.events[-1]
     assert "its reply is too large: Received message larger than max" in result.problem
     assert result.at_fault
+
+
+@pytest.mark.waits
+def test_device_that_takes_nothing_of_the_model_is_dropped_by_name(open_fleet):
+    recorder = Recorder(fleet := open_fleet())
+    model = {"w": np.zeros(150_000, np.float32)}
+    unread = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
+    with grpc.insecure_channel(fleet.address, unread) as channel:
+        replies: queue.SimpleQueue = queue.SimpleQueue()
+        replies.put(wire.encode_properties_reply(greeting("deaf", **{wire.PIECES: True})))
+        stream = channel.stream_stream(transport.JOIN)(iter(replies.get, None))
+        next(stream)
+        recorder.wait_for(1)
+        (result,) = recorder.exchange(model, seconds=30)
+        replies.put(None)
+    assert re.fullmatch(r"did not take 600,\d+ bytes of the model in 10 s", result.problem)
 
 
 def test_no_host_of_that_name_ends_the_client():
