@@ -470,7 +470,7 @@ class Token:
 
     def __str__(self) -> str:
         data = self.secret + bytes.fromhex(self.authority_hash)
-        data += zlib.crc32(data).to_bytes(4)  # so that a typing error is reported as one
+        data += zlib.crc32(data).to_bytes(4, "big")  # so that a typing error is reported as one
         return TOKEN_PREFIX + base64.urlsafe_b64encode(data).decode().rstrip("=")
 
     @property
