@@ -31,4 +31,4 @@ USER client
 # The client keeps "<pid> <what it does>" in that file.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=2m CMD ["sh", "-c", \
     "read -r pid text <\"$CLIENT_STATUS_FILE\" && test -d \"/proc/$pid\" && echo \"$text\""]
-ENTRYPOINT ["python", "/app/client.py"]
+ENTRYPOINT ["python3", "/app/client.py"]

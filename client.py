@@ -185,8 +185,8 @@ SERVER_FLAGS = dict.fromkeys(
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__, others=SERVER_FLAGS)
-    parser.flag("server_address", "where server.py runs", required=True, metavar="HOST:PORT")
-    parser.flag("cid", "this device's name; 0, 1, … where a data set is partitioned", required=True)
+    parser.flag("server_address", "where server.py runs", metavar="HOST:PORT")
+    parser.flag("cid", "this device's name; 0, 1, … where a data set is partitioned")
     parser.flag("model", "a name in utils.MODELS, the server's", "Net", metavar="NAME")
     parser.flag(
         "data_dir", "CIFAR-10, or train/<class>/*; or synthetic (default: data/)", metavar="DIR"
@@ -210,7 +210,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="S",
     )  # fmt: skip
     parser.switch("stay", "when the run is over, wait for the next")
-    return parser.parse_args(argv)
+    parser.switch("self_test", "train a little, without a server, show what works here, and exit")
+    args = parser.parse_args(argv)
+    missing = [f"--{name}" for name in ("server_address", "cid") if getattr(args, name) is None]
+    if missing and not args.self_test:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return args
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -226,6 +231,11 @@ def check_args(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Open this device's key and data, and serve until the run is over."""
+    if args.self_test:
+        from torch_trainer import self_test
+
+        self_test(args.model, args.device)
+        return
     check_args(args)
     identity = None
     keys_dir = Path(args.keys or os.environ.get("KEYS_DIR") or default_keys_dir()).expanduser()

@@ -48,8 +48,10 @@ elif ((major == 36 && minor >= 4)); then # JetPack 6.1
   nvidia_image=nvcr.io/nvidia/pytorch:25.06-py3-igpu
 elif ((major == 36)); then
   cpu "L4T R$l4t is JetPack 6.0, the GPU needs JetPack 6.1 or later (L4T R36.4)"
+elif ((major == 35)); then # JetPack 5, Python 3.8
+  nvidia_image=nvcr.io/nvidia/l4t-pytorch:r35.2.1-pth2.0-py3
 else
-  cpu "L4T R$l4t is older than JetPack 6, for which no CUDA PyTorch for Python 3.11 or newer exists"
+  cpu "L4T R$l4t is older than JetPack 5, whose CUDA PyTorch is for Python 3.6, and the client needs 3.8"
 fi
 
 check_docker

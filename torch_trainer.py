@@ -23,7 +23,7 @@ import utils
 from federated.errors import FederationError
 from federated.partitions import partition
 from federated.settings import Settings, parse_partition
-from plumbing.board import available_memory
+from plumbing.board import Telemetry, available_memory, describe_board
 from plumbing.files import write_whole
 from plumbing.threads import Threads
 
@@ -362,3 +362,34 @@ def training_bytes(
         buffer.copy_(before)
     weights = sum(t.numel() * t.element_size() for t in net.state_dict().values())
     return int(WEIGHTS * weights + ACTIVATIONS * activations + REST)
+
+
+def self_test(model: str, wanted: str) -> None:
+    """Train `model` for some steps on synthetic images, and show what this device is and can do.
+
+    Raises:
+        FederationError: no such model, or training on the GPU gives other numbers than on the CPU.
+    """
+    board = describe_board()
+    ram, swap = available_memory()
+    print(f"{board['board']}, {board['machine']}, {board['cores']} cores, {board['software']}")
+    print(f"{ram / 1e6:,.0f} MB of RAM and {swap / 1e6:,.0f} MB of swap are free")
+    device = choose_device(wanted)
+    settings = Settings(lr=utils.LR, lr_end=utils.LR, epochs=2)
+    losses = {}
+    for processor in dict.fromkeys(["cpu", device]):
+        data = utils.load_data("synthetic:320", "train", utils.image_size(model))
+        net = utils.build_model(model, len(data.classes))
+        loader = utils.TrainLoader(data, settings.batch_size, device=processor)
+        trained = utils.train(net, loader, settings, processor, log=lambda line: None)
+        losses[processor] = trained.loss
+        rate = trained.steps * settings.batch_size / trained.seconds
+        print(f"{model} on {processor}: loss {trained.loss:.3f}, {rate:,.0f} images/s")
+    measured = Telemetry().measure()
+    print(", ".join(f"{name} {value}" for name, value in measured.items() if value != ""))
+    if not abs(losses[device] - losses["cpu"]) < 0.1:
+        raise FederationError(
+            f"training on {device} ends at loss {losses[device]:.3f}, on the CPU at "
+            f"{losses['cpu']:.3f}; use --device cpu"
+        )
+    print(f"training works here, on {device}")

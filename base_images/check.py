@@ -9,7 +9,6 @@ import sys
 import cryptography.x509
 import google.protobuf
 import google.protobuf.internal.builder
-import google.protobuf.runtime_version
 import grpc
 import numpy as np
 import PIL.Image

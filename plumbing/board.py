@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 TEMPERATURES = (-40.0, 150.0)  # °C; beyond is a dead sensor, Tegra's give -256
@@ -45,7 +46,7 @@ POWER_RAILS = (
 
 
 def describe_board() -> dict[str, str | int]:
-    """Return `board` (the maker's name for it), `machine` (aarch64, …) and `cores`.
+    """Return `board` (the maker's name for it), `machine` (aarch64, …), `cores` and `software`.
 
     In a container the maker's name comes in the variable DEVICE_MODEL, which the
     launcher sets; without it the kernel is asked.
@@ -54,7 +55,14 @@ def describe_board() -> dict[str, str | int]:
         "board": os.environ.get("DEVICE_MODEL") or _model_name() or platform.system(),
         "machine": platform.machine(),
         "cores": os.cpu_count() or 1,
+        "software": ", ".join([f"Python {platform.python_version()}", *_libraries()]),
     }
+
+
+def _libraries() -> list[str]:
+    """Return name and version of what trains here."""
+    names = [name for name in ("torch", "onnxruntime") if name in sys.modules]
+    return [f"{name} {getattr(sys.modules[name], '__version__', '')}" for name in names]
 
 
 def _model_name() -> str | None:

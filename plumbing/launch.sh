@@ -43,6 +43,7 @@ Builds the client's image if needed and runs client.py in it. Ctrl-C ends it.
                              with it or with a key of server.py devices admit, or standard
                              input (-), which no list of processes shows
   --join_only                join, and exit
+  --self_test                train a little without a server, show what works here, and exit
   --insecure                 join a server without --secure, although there is a key
 
 Environment:
@@ -80,7 +81,7 @@ parse_arguments() {
   local - && set +x
   set -- "${original[@]}"
   server_address='' superlink='' cid='' model=Net data_dir='' device=auto detach='' arguments=()
-  joins='' join='' join_only='' insecure='' ready=''
+  joins='' join='' join_only='' insecure='' ready='' self_test=''
   local name value words
   while (($#)); do
     name=$1 value='' words=1
@@ -116,6 +117,7 @@ parse_arguments() {
         shift "$words" && continue
         ;;
       __join_only) join_only=yes && shift && continue ;;
+      __self_test) self_test=yes ;;
       __keys) die "--keys: in its container the key is in the volume flower-keys; KEYS_VOLUME names another" ;;
       __data_dir)
         data_dir=$value
@@ -133,6 +135,7 @@ parse_arguments() {
 }
 
 check_arguments() {
+  [[ -z $self_test ]] || server_address=none:1 cid=self_test # it needs neither
   if [[ -n $superlink ]]; then
     [[ $kind == cpu ]] || die "--superlink: a SuperNode trains on the CPU; use ./run_pi.sh"
     [[ -z $server_address ]] ||
@@ -211,6 +214,7 @@ meminfo() {
 
 # The server may be started later: only a warning.
 check_server() {
+  [[ -z $self_test ]] || return 0
   local program=${superlink:+flower-superlink}
   program=${program:-server.py}
   # shellcheck disable=SC2016 # the inner bash puts in host and port

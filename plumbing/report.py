@@ -202,7 +202,8 @@ def device_summary(device: Device) -> str:
     if not isinstance(data, str):
         data = f"{images:,} images" if isinstance(images, int) else "images not reported"
     board = ", ".join(str(reported.get(name)) for name in ("board", "machine"))
-    return f"{board}, {reported.get('cores')} cores, {reported.get('model')}, {data}"
+    software = f", {reported['software']}" if "software" in reported else ""
+    return f"{board}, {reported.get('cores')} cores{software}, {reported.get('model')}, {data}"
 
 
 def shortened(value: Any, length: int = 150) -> str:

@@ -2,6 +2,7 @@
 
     python3 keep_torch.py record     before anything is installed
     python3 keep_torch.py verify     afterwards; fails if torch is another one
+    python3 keep_torch.py list       which file names what to install
 
 `record` writes constraints.txt, for pip, and torch.json beside this file. An old base image
 has an old Python, which has to read this file, if only to report that it is too old.
@@ -16,14 +17,18 @@ from pathlib import Path
 from runpy import run_path
 
 HERE = Path(__file__).resolve().parent
+REQUIREMENTS = HERE / ("requirements.txt" if sys.version_info >= (3, 11) else "python3.8.txt")
 KEPT = ("torch", "torchvision", "numpy")
 
 
 def main(step):
-    if sys.version_info < (3, 11):  # noqa: UP036
+    if step == "list":
+        print(REQUIREMENTS)
+        return
+    if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit(
             f"this base image has Python {sys.version_info[0]}.{sys.version_info[1]}, the client "
-            "needs 3.11 or newer; choose a newer base image with --build-arg BASE=..."
+            "needs 3.8 or newer; choose a newer base image with --build-arg BASE=..."
         )
     found = look()
     print(f"torch {found['version']} (CUDA {found['cuda']}) in {found['folder']}", flush=True)
@@ -82,7 +87,7 @@ def constraints(packages):
     But for what we install: NVIDIA's file pins every package of its image, among them a
     protobuf that is too old for the stream's messages.
     """
-    ours = {package(line) for line in (HERE / "requirements.txt").read_text().splitlines()}
+    ours = {package(line) for line in REQUIREMENTS.read_text().splitlines()}
     theirs = [
         line
         for path in os.environ.get("PIP_CONSTRAINT", "").split()

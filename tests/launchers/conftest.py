@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 BOARDS = ROOT / "tests/boards"
 IGPU = "nvcr.io/nvidia/pytorch:25.06-py3-igpu"
 SBSA = "nvcr.io/nvidia/pytorch:25.10-py3"
+L4T = "nvcr.io/nvidia/l4t-pytorch:r35.2.1-pth2.0-py3"
 ARGUMENTS = ["--server_address=192.168.1.10:8080", "--cid=0", "--model=Net"]
 
 # What Debian has on every board: bash, coreutils, findutils, mawk.

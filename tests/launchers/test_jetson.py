@@ -9,6 +9,7 @@ from tests.launchers.conftest import (
     ARGUMENTS,
     BOARDS,
     IGPU,
+    L4T,
     SBSA,
     VOLUME,
     assert_refused,
@@ -35,6 +36,7 @@ def jetson_container(shm: str, model: str) -> list[str]:
             "1905m",
             "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super",
         ),
+        ("jetson-r35.4", L4T, "1692m", "NVIDIA Jetson Xavier NX Developer Kit"),
         ("jetson-r38.2", SBSA, "8192m", "NVIDIA Jetson AGX Thor Developer Kit"),
         ("jetson-r39.2", SBSA, "8192m", "NVIDIA Jetson AGX Orin Developer Kit"),
     ],
@@ -71,8 +73,7 @@ def test_detached_jetson_comes_back(device):
 @pytest.mark.parametrize(
     "board, model, parts",
     [
-        ("jetson-r32.7", "NVIDIA Jetson Nano Developer Kit", ["R32.7", "Python 3.11"]),
-        ("jetson-r35.4", "NVIDIA Jetson Xavier NX Developer Kit", ["R35.4", "Python 3.11"]),
+        ("jetson-r32.7", "NVIDIA Jetson Nano Developer Kit", ["R32.7", "Python 3.6"]),
         ("jetson-r36.3", "NVIDIA Jetson AGX Orin Developer Kit", ["R36.3", "JetPack 6.1 or later"]),
     ],
 )
@@ -88,7 +89,7 @@ def test_older_jetpack_gives_the_reason_and_runs_the_cpu_image(device, board, mo
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("board", ["jetson-r32.7", "jetson-r35.4", "jetson-r36.3"])
+@pytest.mark.parametrize("board", ["jetson-r32.7", "jetson-r36.3"])
 def test_cuda_demanded_of_an_older_jetpack_is_refused_at_once(device, board):
     run = device.jetson(*ARGUMENTS, "--device", "cuda", board=board)
     assert_refused(run, "run_jetson.sh: --device cuda: L4T R3", calls=False)
@@ -101,7 +102,7 @@ def test_cuda_demanded_of_an_older_jetpack_is_refused_at_once(device, board):
         ("36.5.0-20260115194252", "gpu"),
         ("38.4.0-20251230160601", "gpu"),
         ("36.2.0-20231218214829", "cpu"),
-        ("35.6.0-20240825164610", "cpu"),
+        ("35.6.0-20240825164610", "gpu"),
         ("32.7.6-20241104234540", "cpu"),
     ],
 )
@@ -159,3 +160,10 @@ def test_upgraded_jetpack_gets_a_new_base_image(device):
 def test_jetson_without_the_groups_gets_none(device):
     (device.bin / "getent").write_text("#!/usr/bin/env bash\nexit 2\n")
     assert "--group-add" not in device.jetson(*ARGUMENTS).command
+
+
+def test_self_test_needs_no_server_and_no_name(device):
+    run = device.jetson("--self_test", "--device=cuda")
+    assert run.code == 0
+    assert run.err == ""
+    assert run.command[-3:] == ["flower-embedded:gpu", "--self_test", "--device=cuda"]
