@@ -13,6 +13,11 @@ bin=$(dirname "$python")
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
+# What runs on a device, which may have Python 3.8; pyproject.toml has ruff look at the syntax.
+"$bin/vermin" --quiet --no-tips --target=3.8- --no-eval-annotations \
+  client.py torch_trainer.py utils.py federated/{errors,partitions,settings,updates}.py \
+  plumbing/{addresses,board,cli,descriptors,files}.py \
+  plumbing/security/{complaints,identity,keys}.py plumbing/stream/{device,wire}.py
 "$bin/shellcheck" -x ./*.sh plumbing/*.sh deploy/*.sh .ci/run tests/*/run
 "$bin/hadolint" Dockerfile base_images/*/Dockerfile
 # Four at a time even on two cores: many tests only wait, for a timeout for example.

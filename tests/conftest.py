@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
@@ -32,6 +33,9 @@ from tests.preloaded import Preloaded, Program
 ROOT = Path(__file__).resolve().parent.parent
 LONG = os.environ.get("LONG") == "1"  # the long forms of some tests: CONTRIBUTING.md
 TORCH_PROGRAMS = ("/server.py", "/client.py")
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # how fast one is proves nothing
+hypothesis.settings.load_profile("any machine")
 
 # Programs that tests start get SIGINT as in a terminal, though a CI may run us with it ignored.
 # Not by preexec_fn: that forks, and where a test of this process has used gRPC, the child may

@@ -476,3 +476,11 @@ def test_state_for_the_health_check_names_the_process_and_what_it_does(monkeypat
 def test_state_that_cannot_be_written_is_no_reason_to_stop(monkeypatch, tmp_path):
     monkeypatch.setenv("CLIENT_STATUS_FILE", str(tmp_path / "no" / "state"))
     client.write_state("0", "starting")
+
+
+def test_self_test_trains_without_a_server_and_shows_what_the_device_is(launch):
+    device = launch(sys.executable, ROOT / "client.py", "--self_test", "--model=PiNet")
+    assert device.finish() == 0
+    assert re.search(r"cores, Python 3\.\d+\.\d+, torch 2\.9\.1", device.output)
+    assert re.search(r"PiNet on cpu: loss [12]\.\d{3}, [\d,]+ images/s", device.output)
+    assert "training works here, on cpu" in device.output
