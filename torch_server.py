@@ -30,8 +30,9 @@ from federated.strategies import Strategy, make_strategy, state_of_version_1
 from federated.updates import Bounds, Update, Weights, fingerprint, make_update
 from plumbing import cli
 from plumbing.checkpoints import load_checkpoint, load_fitting
+from plumbing.picture import draw_report
 from plumbing.publish import PUBLISHED, Publication
-from plumbing.report import Console, draw_report, print_classes, shortened, step_record
+from plumbing.report import Console, print_classes, shortened, step_record
 from plumbing.runs import RunDirectory, new_run_name, provenance
 from plumbing.tensorboard import TensorBoard
 from plumbing.threads import Threads

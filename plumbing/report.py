@@ -1,13 +1,11 @@
-"""What people see of a run: lines on the console, and report.png."""
+"""What people see of a run on the console, a line each."""
 
 import math
 import re
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from federated.errors import FederationError
 from federated.rounds import (
     MAX_FAILURES,
     Clipped,
@@ -248,70 +246,6 @@ def print_classes(evaluation: Mapping[str, Any]) -> None:
     print(f"\n{'class':<{width}}  loss  accuracy")
     for name, loss in evaluation["class_loss"].items():
         print(f"{name:<{width}} {loss:5.2f}  {100 * evaluation['class_accuracy'][name]:6.1f} %")
-
-
-def draw_report(path: Path, title: str, rounds: Sequence[Mapping[str, Any]]) -> None:
-    """Draw accuracy, loss, and seconds a device, by round.
-
-    Args:
-        rounds: the lines of metrics.jsonl; without any there is nothing to draw.
-
-    Raises:
-        FederationError: the picture cannot be written.
-    """
-    if not rounds:
-        return
-    from matplotlib.figure import Figure  # here: it takes half a second that a run can do without
-    from matplotlib.ticker import MaxNLocator
-
-    numbers = [metrics["server_round"] for metrics in rounds]
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    figure.suptitle(title, parse_math=False)  # a path may hold dollar signs
-    accuracy, loss, seconds = figure.subplots(1, 3)
-
-    accuracy.plot(numbers, [100 * number(metrics, "accuracy") for metrics in rounds], "o-")
-    accuracy.set(title="Test accuracy", ylabel="%", ylim=(0, 100))
-    last = 100 * number(rounds[-1], "accuracy")
-    accuracy.annotate(
-        f"{last:.1f} %",
-        (numbers[-1], last),
-        textcoords="offset points",
-        xytext=(0, 8 if last < 90 else -16),  # inside near 100 %, too
-        ha="center",
-    )
-    losses = [number(metrics, "loss") for metrics in rounds]
-    loss.plot(numbers, losses, "o-", color="tab:red")
-    loss.set(title="Test loss", ylabel="cross-entropy")
-    loss.set_ylim(0, 1.1 * max(filter(math.isfinite, losses), default=0) or 1)
-
-    found = {device["name"] for metrics in rounds for device in metrics.get("devices", [])}
-    names = sorted(found, key=natural)
-    for name in names:
-        points = [
-            (metrics["server_round"], device["seconds"])
-            for metrics in rounds
-            for device in metrics.get("devices", [])
-            if device["name"] == name
-        ]
-        label = name if len(names) <= 10 else None  # a legend of hundreds hides the picture
-        seconds.plot(*zip(*points, strict=True), "o-", label=label, alpha=0.7)
-    whole = [number(metrics, "seconds") for metrics in rounds]
-    seconds.plot(numbers, whole, "k--", label="whole round")
-    seconds.set(title="Time", ylabel="seconds")
-    seconds.set_ylim(bottom=0)
-    for text in seconds.legend().get_texts():
-        text.set_parse_math(False)  # a name may hold dollar signs
-
-    for axes in (accuracy, loss, seconds):
-        axes.set_xlabel("round")
-        axes.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise FederationError(f"cannot write '{path}' ({error.strerror})") from error
 
 
 def number(metrics: Mapping[str, Any], name: str) -> float:

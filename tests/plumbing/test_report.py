@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from federated.rounds import Contribution, Device, Joined, Left, Step, Waiting
-from plumbing.report import Console, device_line, draw_report
+from plumbing.picture import draw_report
+from plumbing.report import Console, device_line
 from plumbing.runs import RunDirectory
 
 
@@ -194,3 +195,22 @@ def test_no_missing_numbers_are_guessed_where_devices_have_names(capsys):
     console(Joined(Device("kitchen")))
     console(Waiting(2, 1, 0, 0))
     assert capsys.readouterr().out.endswith("waiting for 2 devices at here:1 (1 connected)\n")
+
+
+def test_report_of_5000_devices_in_100_rounds_takes_seconds(tmp_path):
+    rng = np.random.default_rng(0)
+    seconds = rng.lognormal(3, 0.5, (100, 5000)).tolist()
+    classes = {f"class {i}": i / 200 for i in range(200)}
+    rounds = [
+        {
+            "server_round": i,
+            "accuracy": 0.5,
+            "loss": 1.0,
+            "class_accuracy": classes,
+            "devices": [{"name": f"device {j}", "seconds": s} for j, s in enumerate(row)],
+        }
+        for i, row in enumerate(seconds, 1)
+    ]
+    start = time.process_time()
+    draw_report(tmp_path / "report.png", "Net", rounds)
+    assert time.process_time() - start < 10
