@@ -65,12 +65,12 @@ class RunState:
                     self._working = {device.cid for device in devices}
                     self._set_status("training", round=server_round, sampled=len(devices), done=0)
                     for device in devices:
-                        self._touch(device, step=0, steps=0, offered=False)
+                        self._touch(device, "training", step=0, steps=0)
                 case Progress(device, step, steps, rate, metrics):
                     measured = checked_metrics({**metrics, "images_per_second": rate or None})
                     self._touch(device, step=step, steps=steps, **measured)
                 case Offered(device) | Result(device):
-                    self._touch(device, offered=isinstance(event, Offered))
+                    self._touch(device, "done")
                     self._count_down(device)
                 case Waiting(needed, connected):
                     self._set_status("waiting", needed=needed, connected=connected)
@@ -121,14 +121,11 @@ class RunState:
         self.status = {**self.status, **fields, "phase": phase, "began": began}
         self.status["version"] = self._next()
 
-    def _touch(self, device: Device, **fields: Any) -> None:
+    def _touch(self, device: Device, state: str = "", **fields: Any) -> None:
         """Note what is new of a connected device."""
-        state = device.state
+        state = state or device.state
         row = self._row(device.cid)
-        offered = fields.pop("offered", None)
-        if state == "busy":
-            state = "done" if offered else "training"
-        row.update(fields, state=state, seen=utc_now())
+        row.update(fields, state="training" if state == "busy" else state, seen=utc_now())
 
     def _row(self, cid: str) -> dict[str, Any]:
         """Return a device's row, as changed now."""

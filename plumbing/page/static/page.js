@@ -4,7 +4,7 @@ import { BarChart, COLOURS, HeatMap, LineChart, h, legend, percent } from "./cha
 
 const PARTS = ["sending", "training", "receiving", "aggregating", "evaluating", "other"];
 const PART_COLOURS = ["--c0", "--c1", "--c2", "--c3", "--c4", "--c5"].map((name) => `var(${name})`);
-const MOST_ROWS = 1000; // of devices in the table; the filter finds the others
+const ROWS = 100; // of devices that are in the table at first; it grows by as many
 const main = document.getElementById("main");
 const link = document.getElementById("link");
 const dialog = document.getElementById("dialog");
@@ -43,10 +43,13 @@ let isLive = false; // whether this server trains
 let isOwner = false; // whether it has a list of admitted devices
 let view = null; // {update(what), name}
 
-// --- Words and numbers ---
+// --- Words and numbers; a thousand rows need them often ---
+
+const numbers = [0, 1, 2, 3].map((digits) => new Intl.NumberFormat("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
+const natural = new Intl.Collator("en", { numeric: true }).compare;
 
 const formats = {
-  number: (value, digits = 0) => (typeof value === "number" ? value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits }) : ""),
+  number: (value, digits = 0) => (typeof value === "number" ? numbers[digits].format(value) : ""),
   bytes(value) {
     if (!value) return "0 B";
     const power = Math.min(Math.floor(Math.log10(value) / 3), 4);
@@ -67,10 +70,6 @@ const formats = {
     return stamp ? (seconds < 5 ? "now" : `${formats.seconds(Math.floor(seconds)).replace(".0 s", " s")} ago`) : "";
   },
 };
-
-function natural(a, b) {
-  return String(a).localeCompare(String(b), "en", { numeric: true });
-}
 
 /** How far a device is, 0 to 1, carried on from its last report at its own rate. */
 function progress(row, run) {
@@ -107,7 +106,7 @@ function put(element, words) {
 }
 
 function setBar(bar, share) {
-  bar.firstChild.style.width = `${(100 * share).toFixed(1)}%`;
+  bar.firstChild.style.transform = `translateX(${(100 * share - 100).toFixed(1)}%)`;
   bar.classList.toggle("done", share >= 1);
 }
 
@@ -281,6 +280,7 @@ function fileLinks(run, names) {
 
 // --- Devices ---
 
+const TROUBLE = ["late", "left out", "refused", "gone"];
 const ORDER = ["training", "done", "late", "idle", "left out", "refused", "gone"];
 const COLUMNS = [
   ["cid", "Device", (row) => row.cid, natural],
@@ -289,13 +289,12 @@ const COLUMNS = [
   ["images", "Images", (row) => formats.number(row.images || undefined), null, (row) => row.images, "n"],
   ["rate", "Images/s", (row) => formats.number(row.rate), null, (row) => row.rate, "n"],
   ["loss", "Loss", (row) => formats.number(row.loss, 3), null, (row) => row.loss, "n"],
-  ["heat", "Heat", heatText, null, heat, "n"],
+  ["heat", "Heat", null, null, heat, "n"],
   ["ram", "RAM", (row) => (row.ram ? `${formats.number(row.ram)} MB` : ""), null, (row) => row.ram, "n"],
   ["free", "Free", (row) => (row.free ? `${formats.number(row.free)} MB` : ""), null, (row) => row.free, "n"],
   ["watts", "Watts", (row) => formats.number(row.watts, 1), null, (row) => row.watts, "n"],
   ["sent", "Bytes", (row) => formats.bytes(row.sent + row.received), null, (row) => row.sent + row.received, "n"],
   ["seen", "Seen", (row) => formats.ago(row.seen), null, (row) => row.seen || ""],
-  ["why", "Last problem", (row) => row.why || "", null, (row) => row.why || "", "why"],
 ];
 const sorting = { column: "cid", down: false };
 
@@ -304,9 +303,11 @@ function devicesView(run, prefix) {
   const shownNote = h("p", { class: "note", role: "status" });
   const heads = COLUMNS.map(([key, title, , , , kind]) => h("th", { scope: "col", class: kind === "n" && "n" }, h("button", { type: "button", onclick: () => sortBy(key) }, title)));
   const body = h("tbody"), lines = new Map();
+  const more = h("button", { type: "button", onclick: () => ((most += 5 * ROWS), arrange()) });
+  let most = ROWS;
   const content = [
     h("h1", {}, "Devices"), h("p", { class: "lead" }, "What each device reports of itself, and what the server thinks of it."),
-    h("section", { class: "card" }, h("div", { class: "tools" }, search, shownNote), h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Table of devices" }, h("table", {}, h("caption", { class: "hidden" }, "Devices of this run"), h("thead", {}, h("tr", {}, ...heads)), body))),
+    h("section", { class: "card" }, h("div", { class: "tools" }, search, shownNote), h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Table of devices" }, h("table", {}, h("caption", { class: "hidden" }, "Devices of this run"), h("thead", {}, h("tr", {}, ...heads)), body)), h("p", { class: "more" }, more)),
   ];
   search.addEventListener("input", () => arrange());
 
@@ -320,17 +321,21 @@ function devicesView(run, prefix) {
     let found = lines.get(row.cid);
     if (!found) {
       const cells = COLUMNS.map(([key, , , , , kind]) => h(key === "cid" ? "th" : "td", { class: kind, scope: key === "cid" && "row" }));
-      const name = h("a", { href: to(...prefix, "device", row.cid) }, row.cid), state = h("span", { class: "state" }), share = bar();
+      const name = h("a", { href: to(...prefix, "device", row.cid) }, row.cid), state = h("span", { class: "state" }), share = bar(), why = h("small");
+      const celsius = h("span"), throttled = h("small");
+      cells[6].append(celsius, throttled);
       cells[0].append(name);
-      cells[2].append(state, share);
-      found = { tr: h("tr", {}, ...cells), cells, state, share, row: null };
+      cells[2].append(state, share, why);
+      found = { tr: h("tr", {}, ...cells), cells, state, share, why, celsius, throttled, row: null };
       lines.set(row.cid, found);
     }
     if (found.row !== row) {
       found.row = row;
       COLUMNS.forEach(([, , words], i) => i && words && put(found.cells[i], words(row)));
+      put(found.celsius, heat(row) === undefined ? "" : `${heat(row).toFixed(0)} °C`);
+      put(found.throttled, row.throttled || "");
+      put(found.why, TROUBLE.includes(row.state) ? row.why || "" : "");
       found.cells[6].classList.toggle("hot", Boolean(row.throttled));
-      found.words = `${row.cid} ${row.board || ""} ${row.state} ${row.why || ""}`.toLowerCase();
     }
     return found;
   }
@@ -351,15 +356,16 @@ function devicesView(run, prefix) {
 
   function arrange() {
     const [, , words, compare, key] = COLUMNS.find(([name]) => name === sorting.column);
-    const value = key || ((row) => words(row)), order = compare || ((a, b) => (typeof a === "number" && typeof b === "number" ? a - b : natural(a ?? "", b ?? "")));
+    const value = key || ((row) => words(row)), order = compare || ((a, b) => (typeof a === "number" && typeof b === "number" ? a - b : natural(String(a ?? ""), String(b ?? ""))));
     heads.forEach((head, i) => (COLUMNS[i][0] === sorting.column ? head.setAttribute("aria-sort", sorting.down ? "descending" : "ascending") : head.removeAttribute("aria-sort")));
     const wanted = search.value.trim().toLowerCase();
-    let rows = [...run.devices.values()].filter((row) => line(row).words.includes(wanted));
+    const rows = [...run.devices.values()].filter((row) => `${row.cid} ${row.board || ""} ${row.state} ${row.why || ""}`.toLowerCase().includes(wanted));
     const keyed = rows.map((row) => [value(row, run), row]);
     const empty = (v) => v === undefined || v === "";
     keyed.sort(([a, ra], [b, rb]) => empty(a) - empty(b) || (sorting.down ? -1 : 1) * order(a, b) || natural(ra.cid, rb.cid));
-    rows = keyed.slice(0, MOST_ROWS).map(([, row]) => row);
-    const trs = rows.map((row) => line(row).tr), now = body.children;
+    const trs = keyed.slice(0, most).map(([, row]) => line(row).tr), now = body.children;
+    more.parentNode.hidden = rows.length <= most;
+    put(more, `Show more of the ${formats.number(rows.length)}`);
     if (trs.length !== now.length || trs.some((tr, i) => tr !== now[i])) body.replaceChildren(...trs);
     put(shownNote, rows.length < run.devices.size ? `${rows.length} of ${run.devices.size} devices` : `${rows.length} device${rows.length === 1 ? "" : "s"}`);
     refresh();
@@ -400,7 +406,8 @@ async function deviceView(run, prefix, [cid]) {
     }
     if (fetched === run.rounds.length) return;
     fetched = run.rounds.length;
-    const { rounds } = await get(`api/runs/${encodeURIComponent(run.name)}/devices/${encodeURIComponent(cid)}`);
+    const path = `api/runs/${encodeURIComponent(run.name)}/devices/${encodeURIComponent(cid)}`;
+    const { rounds } = await get(path).catch(() => ({ rounds: [] })); // the server may be away: next time
     const shown = drawn.filter(({ key }, i) => i < 3 || rounds.some((point) => point[key] !== undefined));
     chartsGrid.replaceChildren(...shown.map((one) => one.card));
     for (const { key, title, format, chart, colour } of shown)
