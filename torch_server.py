@@ -90,8 +90,8 @@ class Task:
         self.net.load_state_dict({n: torch.tensor(a) for n, a in fits.items()}, strict=False)
         if left_out:
             print(f"of {path} these do not fit and are left out: {', '.join(left_out)}")
-        if anew := [name for name in like if name not in fits]:
-            print(f"these start at random: {', '.join(anew)}")
+        if missing := [name for name in like if name not in fits]:
+            print(f"these start at random: {', '.join(missing)}")
 
     def _build(self, settings: RunSettings) -> None:
         self.net = utils.build_model(settings.model, len(self.testset.classes), settings.seed)
@@ -317,14 +317,8 @@ def run(
             print(f"resuming {directory} after round {finished_round}")
         if publisher:
             publisher.publish(weights)
-        for step in synchronous(
-            fleet,
-            strategy,
-            weights,
-            make_plan(settings, run_id, finished_round, task, own, args.every),
-            bounds,
-            observe,
-        ):
+        plan = make_plan(settings, run_id, finished_round, task, own, args.every)
+        for step in synchronous(fleet, strategy, weights, plan, bounds, observe):
             weights, evaluation = step.weights, step.evaluation
             observe(step)
             save_round(directory, settings, task, strategy, bounds, step)

@@ -74,7 +74,7 @@ def load_checkpoint(
         strategy's own arrays by name, and what else was remembered (see RunDirectory.save).
 
     Raises:
-        FederationError: as for `load_weights`; or it does not note its round.
+        FederationError: as for `load_fitting`; or it does not note its round.
     """
     found = read_checkpoint(directory)
     weights = _check_weights(found.file, found.arrays, like, model)
@@ -86,16 +86,6 @@ def load_checkpoint(
         if name.startswith(STATE)
     }
     return found.server_round, weights, state, found.memory
-
-
-def load_weights(path: Path, like: Mapping[str, np.ndarray], model: str) -> dict[str, np.ndarray]:
-    """Read a safetensors file; return its arrays by name in the order of `like`.
-
-    Raises:
-        FederationError: no such file, a damaged one, or one of another model.
-    """
-    _, arrays = _read(path)
-    return _check_weights(path, arrays, like, model)
 
 
 def load_fitting(

@@ -29,7 +29,9 @@ def server_parser(description: str | None, **kwargs: str) -> cli.Parser:
         metavar="DIR",
     )
     parser.flag("init_weights", "start from this .safetensors file", metavar="FILE")
-    parser.switch("new_head", "what --init_weights does not have, or of another size, is made anew")
+    parser.switch(
+        "new_head", "what --init_weights does not have, or has in another size, starts at random"
+    )
     parser.flag("run_dir", "where to leave results (default: runs/<time>-<model>/)", metavar="DIR")
     parser.flag(
         "resume",

@@ -36,7 +36,7 @@ from plumbing.runs import RunDirectory
 MAX_BARS = 20  # devices with a bar of their own; of more, counts and the slowest five
 SLOWEST = 5
 PER_SECOND = 4  # the block is drawn
-REMEMBERED = 5  # rounds whose usual length says when the run will end
+REMEMBERED = 5  # rounds, by whose usual length the end of the run is estimated
 
 
 class Block:
@@ -217,7 +217,7 @@ def bar(share: float, width: int) -> ProgressBar:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as people say it: 40 s, 12 min, 3 h 20 min."""
+    """Return seconds as they are written: 40 s, 12 min, 3 h 20 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

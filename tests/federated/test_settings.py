@@ -19,6 +19,7 @@ SETTINGS = Settings(
     partition="dirichlet:0.5",
     num_partitions=5,
     seed=-1,
+    run_id="3f",
 )
 
 

@@ -20,7 +20,7 @@ import safetensors.numpy
 
 from federated.errors import FederationError
 from plumbing import runs
-from plumbing.checkpoints import load_checkpoint, load_weights
+from plumbing.checkpoints import load_checkpoint, load_fitting
 from plumbing.runs import RunDirectory, newest_run, provenance
 from tests.conftest import ROOT
 
@@ -58,7 +58,7 @@ def test_checkpoint_round_trip_keeps_order_types_and_notes(tmp_path):
     run = RunDirectory(tmp_path / "run", CONFIG)
     run.save(1, WEIGHTS, metrics={"server_round": 1, "loss": float("nan")})
     path = tmp_path / "run" / "checkpoint.safetensors"
-    loaded = load_weights(path, WEIGHTS, "Net")
+    loaded, _ = load_fitting(path, WEIGHTS, "Net")
     assert list(loaded) == list(WEIGHTS)
     for name, array in WEIGHTS.items():
         np.testing.assert_array_equal(loaded[name], array)
@@ -91,7 +91,7 @@ def test_checkpoint_brings_back_round_weights_and_the_strategys_state(tmp_path):
 def test_weights_come_in_the_models_order_whatever_the_files(tmp_path):
     safetensors.numpy.save_file(WEIGHTS, tmp_path / "w")
     backwards = dict(reversed(WEIGHTS.items()))
-    assert list(load_weights(tmp_path / "w", backwards, "Net")) == ["n", "a"]
+    assert list(load_fitting(tmp_path / "w", backwards, "Net")[0]) == ["n", "a"]
 
 
 def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
@@ -161,7 +161,7 @@ def test_damaged_init_weights_are_refused(tmp_path):
     run.finish(WEIGHTS)
     flip_a_weight(run.path / "model.safetensors")
     with pytest.raises(FederationError, match="its checksum does not match"):
-        load_weights(run.path / "model.safetensors", WEIGHTS, "Net")
+        load_fitting(run.path / "model.safetensors", WEIGHTS, "Net")
 
 
 @pytest.mark.parametrize("hard_links", [True, False])
@@ -238,7 +238,7 @@ def test_failed_write_leaves_the_last_checkpoint_and_loses_no_metrics(
 def test_file_that_is_no_safetensors_is_refused(tmp_path, damage):
     (tmp_path / "w").write_bytes(damage)
     with pytest.raises(FederationError, match="is damaged or no safetensors file"):
-        load_weights(tmp_path / "w", WEIGHTS, "Net")
+        load_fitting(tmp_path / "w", WEIGHTS, "Net")
 
 
 def test_truncated_weights_are_refused(tmp_path):
@@ -246,12 +246,12 @@ def test_truncated_weights_are_refused(tmp_path):
     whole = (tmp_path / "w").read_bytes()
     (tmp_path / "w").write_bytes(whole[:-1])
     with pytest.raises(FederationError, match="is damaged"):
-        load_weights(tmp_path / "w", WEIGHTS, "Net")
+        load_fitting(tmp_path / "w", WEIGHTS, "Net")
 
 
 def test_directory_instead_of_a_weights_file_is_refused(tmp_path):
     with pytest.raises(FederationError, match="cannot read weights file"):
-        load_weights(tmp_path, WEIGHTS, "Net")
+        load_fitting(tmp_path, WEIGHTS, "Net")
 
 
 # --- The directory --------------------------------------------------------------------
@@ -529,7 +529,9 @@ def test_model_that_finds_no_room_is_written_beside_the_run(tmp_path):
     place = re.search(r"No space left on device\); the model is in '(.*)'$", str(failed.value))
     assert place
     assert Path(place[1]).parent.parent == tmp_path
-    np.testing.assert_array_equal(load_weights(Path(place[1]), WEIGHTS, "Net")["a"], WEIGHTS["a"])
+    np.testing.assert_array_equal(
+        load_fitting(Path(place[1]), WEIGHTS, "Net")[0]["a"], WEIGHTS["a"]
+    )
 
 
 def test_model_that_finds_no_room_there_is_written_to_the_temporary_directory(
@@ -595,7 +597,7 @@ def test_on_a_terminal_the_user_makes_room_and_nothing_is_missing(tmp_path):
     assert recorded_rounds(tmp_path / "run") == [1]
     weights = {"a": np.ones(3)}
     assert load_checkpoint(tmp_path / "run", weights, "Net")[0] == 1
-    load_weights(tmp_path / "run/model.safetensors", weights, "Net")
+    load_fitting(tmp_path / "run/model.safetensors", weights, "Net")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
