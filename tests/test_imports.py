@@ -11,11 +11,13 @@ import pytest
 from plumbing import cli
 from tests.conftest import ROOT
 
-NAMES = ("client", "resnet", "server", "torch_trainer", "utils")
-PROGRAMS = [ROOT / f"{name}.py" for name in NAMES]
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    for path in [*ROOT.glob("federated/**/*.py"), *ROOT.glob("plumbing/**/*.py"), *PROGRAMS]
+    for path in [
+        *ROOT.glob("federated/**/*.py"),
+        *ROOT.glob("plumbing/**/*.py"),
+        *ROOT.glob("*.py"),
+    ]
 ]
 
 # What a process looks like before and after some imports. Their packages' own effects are
