@@ -17,7 +17,7 @@ import torch
 import utils
 from federated.errors import FederationError
 from plumbing import cli
-from plumbing.checkpoints import load_weights
+from plumbing.checkpoints import load_fitting
 from plumbing.files import write_whole
 from plumbing.photos import labelled, set_apart, views
 from plumbing.runs import load_config
@@ -174,7 +174,7 @@ def export_run(run: Path, config: Mapping[str, Any], calibration: str | None) ->
     model, size = config["model"], utils.image_size(config["model"])
     net = utils.build_model(model, len(config["classes"]))
     like = {name: value.numpy() for name, value in net.state_dict().items()}
-    arrays = load_weights(run / "model.safetensors", like, model)
+    arrays, _ = load_fitting(run / "model.safetensors", like, model)
     net.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
     data_dir, classes = Path(config["data_dir"]), config["classes"]
     if (data_dir / "test").is_dir() or (data_dir / "train").is_dir():
