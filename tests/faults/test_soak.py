@@ -77,21 +77,25 @@ def test_an_hour_of_rounds_leaves_memory_threads_and_files_as_they_were(
         time.sleep(EVERY_SECONDS / 2)
         for name, pid in watched.items():
             held[name].append(footprint(pid))
+    changes: dict[str, dict[str, float]] = {}
     rounds = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
     server.signal(signal.SIGINT)
     assert server.finish() == 130, server.output[-2000:]
     for name, samples in held.items():
         sixth = len(samples) // 6
         first, last = medians(samples[sixth : 2 * sixth]), medians(samples[-sixth:])
-        for tenth in range(0, len(samples), max(1, len(samples) // 12)):
-            print(f"{name} after {tenth * EVERY_SECONDS / 60:.0f} min: {samples[tenth]}")
+        for number in range(0, len(samples), max(1, len(samples) // 12)):
+            print(f"{name} after {number * EVERY_SECONDS / 60:.0f} min: {samples[number]}")
         print(f"{name}: {in_words(first)}; at the end {in_words(last)}; {rounds} rounds")
-        assert last["kB"] < first["kB"] * 1.02 + 5000, name
-        assert last["threads"] <= first["threads"] + 1, name
-        assert last["files"] <= first["files"] + 1, name
         record_fault(
             f"{SECONDS / 60:.0f} minutes of training, {name}",
             f"{rounds:,} rounds with two client.py and a device that is killed every minute; 20 "
             "strangers at the port every 10 s",
             f"in the second sixth {in_words(first)}, in the last {in_words(last)}",
         )
+        changes[name] = {what: last[what] - first[what] for what in first}
+    for name, change in changes.items():
+        assert change["kB"] < 0.02 * held[name][0]["kB"], name
+        # gRPC starts one more when the machine is busy, a megabyte or two each.
+        assert change["threads"] <= 2, name
+        assert change["files"] <= 1, name
