@@ -323,12 +323,13 @@ def secure(folder: Path) -> None:
             docker("image", "inspect", CLIENT),
             docker("history", "--no-trunc", CLIENT),
             docker("logs", container),
+            docker("exec", container, "sh", "-c", "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline"),
             launch.output,
         ]
     )
     secrets = [token, *re.findall("^[A-Za-z0-9+/=]{40,}$", key.partition("CERTIFICATE")[0], re.M)]
     check(
-        "neither container, image, log nor launcher shows the token or the key",
+        "neither container, processes, image, log nor launcher show the token or the key",
         len(secrets) >= 3
         and not any("--join" in word for word in inspect(container)["Args"])
         and not any(secret in shown for secret in secrets),

@@ -1,9 +1,10 @@
-"""Floods of HTTP/2 frames that cost the sender little, at a server whose device trains meanwhile.
+"""HTTP/2 that costs the sender little: floods of frames at a server that trains, a gzip bomb.
 
 Bounded in number and time, towards this machine alone.
 """
 
 import contextlib
+import gzip
 import select
 import socket
 import threading
@@ -15,23 +16,22 @@ import psutil
 import pytest
 
 from plumbing.addresses import parse_address
-from tests.http2 import END_HEADERS, HEADERS, SETTINGS, frame, header_block
+from tests.http2 import DATA, END_HEADERS, HEADERS, SETTINGS, frame, header_block
 
 SECONDS = 3.0
 CONNECTIONS = 2
 MOST_FRAMES = 1_000_000
 RST_STREAM, PING = 3, 6
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0, b"")
-CALL = header_block(
-    {
-        ":method": "POST",
-        ":scheme": "http",
-        ":path": "/flwr.proto.FlowerService/Join",
-        ":authority": "localhost",
-        "te": "trailers",
-        "content-type": "application/grpc",
-    }
-)
+FIELDS = {
+    ":method": "POST",
+    ":scheme": "http",
+    ":path": "/flwr.proto.FlowerService/Join",
+    ":authority": "localhost",
+    "te": "trailers",
+    "content-type": "application/grpc",
+}
+CALL = header_block(FIELDS)
 
 
 def opened_streams(number: int) -> bytes:
@@ -122,3 +122,23 @@ def test_device_trains_amid_floods_of_frames_and_memory_stays(
         assert rounds > 0
         assert grown < 40
         record_fault(f"a flood of HTTP/2 frames: {kind}", shown, found)
+
+
+def test_gzip_that_unpacks_beyond_the_limit_is_refused(open_fleet, record_fault):
+    fleet = open_fleet(model_bytes=1000)  # the limit is 1 MB
+    packed = gzip.compress(bytes(50_000_000))
+    message = b"\1" + len(packed).to_bytes(4, "big") + packed
+    call = header_block({**FIELDS, "grpc-encoding": "gzip"})
+    received = b""
+    with socket.create_connection(parse_address(fleet.address), timeout=10) as peer:
+        peer.sendall(PREFACE + frame(HEADERS, END_HEADERS, 1, call))
+        for start in range(0, len(message), 16_000):
+            peer.sendall(frame(DATA, 0, 1, message[start : start + 16_000]))
+        while b"grpc-message" not in received and (more := peer.recv(1 << 16)):
+            received += more
+    assert b"Decompressed message larger than max" in received
+    record_fault(
+        "a gzip bomb as a greeting",
+        f"{len(packed):,} bytes that unpack to 50 MB, at a limit of 1 MB",
+        "refused at the limit",
+    )

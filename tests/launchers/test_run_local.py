@@ -1,5 +1,6 @@
 """./run_local.sh: all in one, and no process left behind, however it ends."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import ROOT, Process
@@ -94,6 +96,9 @@ def test_secure_run_shows_no_token_to_other_users_and_leaves_no_key(launch, tmp_
     commands = " ".join(processes(run).values())
     assert all(program in commands for program in ("server.py", "--cid 0", "--cid 1"))
     assert "join1_" not in commands
+    for pid in processes(run):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a sleep of the script
+            assert "join1_" not in str(psutil.Process(pid).environ())
     (scratch,) = temporary.iterdir()
     secrets = [scratch / "token", *scratch.rglob("*.pem")]
     assert len(secrets) == 4  # the authority's key and the devices'

@@ -80,9 +80,11 @@ def test_owner_admits_devices_and_all_of_them_come_back_without_a_token(
     # Who looks at the processes of this machine sees the token where it was typed, and no more.
     key_files = [owner / "authority.pem", card, tmp_path / "home-2/device-2.pem"]
     secrets = secrets_in(*key_files)
-    for process in psutil.process_iter(["cmdline"]):
+    for process in psutil.process_iter(["cmdline", "environ"]):
         typed = " ".join(process.info["cmdline"] or [])
-        assert not any(secret in typed for secret in secrets)
+        inherited = str(process.info["environ"])
+        assert not any(secret in typed + inherited for secret in secrets)
+        assert token not in inherited
         assert token not in typed or process.pid == joining.popen.pid
     (tmp_path / "round-1").touch()
     by_file.wait_for("fit of round 2")
