@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.numpy
 
-from tests.conftest import ROOT, Process, free_port
-from tests.faults.conftest import LONG
+from tests.conftest import LONG, ROOT, Process, free_port
 
 DEVICES, ROUNDS, IMAGES = (4, 100, 4000) if LONG else (2, 4, 400)
 KILLING_SECONDS = 600

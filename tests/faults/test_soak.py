@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from plumbing.addresses import parse_address
-from tests.faults.conftest import LONG, token_of
+from tests.conftest import LONG
+from tests.faults.conftest import token_of
 
 SECONDS = int(os.environ.get("SOAK_SECONDS", "3600"))
 EVERY_SECONDS = 10.0
