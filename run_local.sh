@@ -4,6 +4,7 @@
 #   ./run_local.sh                                  two clients, three rounds, Net
 #   ./run_local.sh --rounds 5 --model ResNet18      arguments go to server.py
 #   ./run_local.sh --secure                         with TLS, and keys for this run alone
+#   ./run_local.sh --fridgecam                      ten fridges, and what they see before and after
 #   ./run_local.sh --resume runs/20260101-120000-Net   continue a run: its model, data, clients
 #
 # As many clients as --min_num_clients. CIFAR-10 from --data_dir (default: data/),
@@ -11,6 +12,12 @@
 # --secure --keys DIR all keys stay in DIR, the clients' beside the server's.
 [ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # sh run_local.sh
 set -euo pipefail
+
+if [[ ${1-} == --fridgecam ]]; then
+  cd "$(dirname "${BASH_SOURCE[0]}")"
+  python=$(plumbing/venv.sh requirements.txt fridgecam/requirements.txt)
+  exec "$python" -m fridgecam story "${@:2}"
+fi
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 command=$(printf %q "$0") # server.py prints it when it is interrupted, to be typed as it stands

@@ -8,6 +8,7 @@ share      on or off: train with the others
 watch      look at new pictures, train when asked, fetch better models
 train      train when the server asks; watch does this
 model      show the model that is here, or go back to the one before
+story      all of it on one machine, with ten fridges
 """
 
 import importlib
@@ -21,7 +22,7 @@ DEVICE = {
     "watch": "fridgecam.watch:watch",
     "label": "fridgecam.label:label",
 }
-COMMANDS = {"start": "fridgecam.start:start", **DEVICE}
+COMMANDS = {"start": "fridgecam.start:start", "story": "fridgecam.story:story", **DEVICE}
 NEEDED = ("numpy", "onnxruntime", "grpc", "google.protobuf", "safetensors", "PIL")  # no torch
 
 
