@@ -18,7 +18,8 @@ import sys
 from plumbing import cli
 
 DEVICE = {
-    **{name: f"fridgecam.device:{name}" for name in ("install", "look", "share", "train", "model")},
+    **{name: f"fridgecam.device:{name}" for name in ("install", "share", "train", "model")},
+    "look": "fridgecam.look:look",
     "watch": "fridgecam.watch:watch",
     "label": "fridgecam.label:label",
 }

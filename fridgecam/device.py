@@ -8,26 +8,16 @@ from typing import Any
 import grpc
 
 from federated.errors import FederationError, NotYet
-from fridgecam.home import WANTED, Home, Looker, default_home
+from fridgecam.home import WANTED, Home
+from fridgecam.look import home_of, parser_for
 from head_trainer import HeadTrainer
 from light_trainer import OnnxBackbone
 from plumbing import cli
 from plumbing.addresses import check_cid, check_destination
 from plumbing.files import write_whole
-from plumbing.photos import is_photo
 from plumbing.publish import CARD
 from plumbing.security.identity import Identity, open_identity
 from plumbing.stream.fetch import PREVIOUS, REFUSED, fetch_model
-
-
-def parser_for(command: str, text: str) -> cli.Parser:
-    parser = cli.Parser(prog=f"run_fridgecam.sh {command}", description=text)
-    parser.flag("home", "the fridge's folder (default: $FRIDGE_HOME or ~/fridge)", metavar="DIR")
-    return parser
-
-
-def home_of(args: Any) -> Home:
-    return Home(Path(args.home) if args.home else default_home())
 
 
 def install(argv: list[str]) -> None:
@@ -72,34 +62,6 @@ def update(
         return fetch_model(address, identity, home.model, WANTED, accept) is not None
     except grpc.RpcError as error:
         raise NotYet(f"no model from {home.config['server_address']}: {error.details()}") from None
-
-
-def look(argv: list[str]) -> None:
-    """Name what is in photographs: the three likeliest, with how sure that is."""
-    parser = parser_for("look", look.__doc__ or "")
-    parser.add_argument("paths", nargs="+", metavar="PHOTO", help="photographs, or folders of them")
-    args = parser.parse_args(argv)
-    with cli.ready("fridgecam look"):
-        home = home_of(args)
-        looker = Looker(home)
-        for path in photos_in(args.paths):
-            if home.excluded().has(path):
-                continue
-            seen = "  ".join(f"{s.name} {100 * s.confidence:.0f} %" for s in looker.look(path))
-            print(f"{path.name}: {seen}")
-
-
-def photos_in(paths: list[str]) -> list[Path]:
-    """Return the photographs at some paths; FederationError for a path that is none."""
-    found = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found += sorted(p for p in path.iterdir() if is_photo(p))
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise FederationError(f"there is no photograph or folder '{path}'")
-    return found
 
 
 def share(argv: list[str]) -> None:

@@ -19,8 +19,8 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from federated.errors import FederationError
-from fridgecam.device import home_of, parser_for
 from fridgecam.home import Home, Looker
+from fridgecam.look import home_of, parser_for
 from plumbing import cli
 from plumbing.files import write_whole
 from plumbing.photos import is_photo

@@ -13,8 +13,9 @@ import numpy as np
 
 from federated.errors import FederationError, NotYet, Refused
 from federated.settings import Settings
-from fridgecam.device import home_of, identity_of, parser_for, trainer_for, update
+from fridgecam.device import identity_of, trainer_for, update
 from fridgecam.home import HEAD, PERSONAL, Home
+from fridgecam.look import home_of, parser_for
 from plumbing import cli
 from plumbing.photos import is_photo
 from plumbing.stream.fetch import send_judgement
