@@ -5,6 +5,7 @@ the same. Only this machine can open it.
 """
 
 import glob
+import mimetypes
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from federated.errors import FederationError
@@ -95,6 +96,10 @@ class Labels:
         elif where and where.exists():
             where.rename(self.home.inbox / name)
 
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a photograph in the inbox."""
+        return self._path(name).read_bytes()
+
     def _path(self, name: str) -> Path:
         if Path(name).name != name or not is_photo(path := self.home.inbox / name):
             raise FederationError(f"'{name}' is no photograph's name")
@@ -124,11 +129,11 @@ def make_app(labels: Labels) -> Starlette:
 
     async def photo(request: Request) -> Response:
         try:
-            return FileResponse(labels._path(request.path_params["name"]), headers={
-                "Cache-Control": "no-store"
-            })  # fmt: skip
-        except FederationError:
+            data = await run_in_threadpool(labels.read, request.path_params["name"])
+        except (FederationError, OSError):  # it was moved meanwhile
             return Response(status_code=404)
+        kind = mimetypes.guess_type(request.path_params["name"])[0]
+        return Response(data, media_type=kind, headers={"Cache-Control": "no-store"})
 
     async def do(request: Request) -> Response:
         # A form of another site cannot send this header.
