@@ -5,7 +5,7 @@
 check_model() {
   local names
   # shellcheck disable=SC2154 # root is the script's
-  names=$(sed -n '/^MODELS/,/^}/s/^ *"\([^"]*\)":.*/\1/p' "$root/utils.py")
+  names=$(sed -n '/^MODELS.*}/p; /^MODELS[^}]*$/,/}/p' "$root/utils.py" | grep -o '"[^"]*":' | tr -d '":') || names=''
   [[ -z $names || $'\n'$names$'\n' == *$'\n'$1$'\n'* ]] ||
     grep -qF -e "\"$1\"" -e "'$1'" "$root/utils.py" || # added elsewhere in the file
     die "no model '$1'; utils.MODELS has ${names//$'\n'/, }"
