@@ -3,8 +3,8 @@
 # run_pi.sh sources this after launch.sh, which sets cid, superlink, …
 # shellcheck disable=SC2154
 
-# Python, PyTorch and Flower in three processes at most: measured on x86-64, see docs/engine.md.
-supernode_mb=490
+# Flower, Python and PyTorch in three processes at most: measured on x86-64, see docs/engine.md.
+supernode_mb=680
 
 # Make flower-supernode's arguments of those of client.py; what neither knows goes on to Flower.
 supernode_arguments() {
@@ -66,7 +66,7 @@ check_supernode_memory() {
   local ram
   ram=$(meminfo MemTotal)
   ((ram >= 1400)) ||
-    die "this board has $ram MB of RAM, and a SuperNode takes $supernode_mb MB beside the system: 1,500 MB are wanted; with server.py on the laptop, --server_address instead of --superlink takes less"
+    die "this board has $ram MB of RAM, and a SuperNode takes up to $supernode_mb MB beside the system: 1,500 MB are wanted; with server.py on the laptop, --server_address instead of --superlink takes less"
 }
 
 run_supernode() {

@@ -676,7 +676,7 @@ def engine(folder: Path) -> None:
     finally:
         os.environ["DOCKER_RUN_OPTIONS"] = RUN_OPTIONS
     check("a registered SuperNode joins by TLS", True, f"{time.monotonic() - began:.0f} s")
-    uid = docker("top", f"flower-client-{cid}", "-eo", "uid,args").splitlines()[-1].split()[0]
+    uid = docker("top", f"flower-client-{cid}", "-eo", "uid,pid").splitlines()[-1].split()[0]
     check("it is not root", uid == "1000", f"uid {uid}")
     began, run_dir = time.monotonic(), folder / "run"
     code, output = run(
