@@ -681,7 +681,8 @@ def engine(folder: Path) -> None:
     began, run_dir = time.monotonic(), folder / "run"
     code, output = run(
         *flower, "flwr", "run", ROOT, "test", "--stream", "--run-config",
-        f"rounds=1 min_num_clients=1 batch_size=16 data_dir='synthetic:64' run_dir='{run_dir}'",
+        "rounds=1 min_num_clients=1 batch_size=16 partition='none' data_dir='synthetic:64' "
+        f"run_dir='{run_dir}'",
         seconds=1200,
     )  # fmt: skip
     rows = (run_dir / "metrics.jsonl").read_text() if run_dir.exists() else output
