@@ -65,10 +65,12 @@ class TorchTrainer:
         self.model = model
         self.data_dir = data_dir
         self.device = device
-        # All the images at first, then this device's part of them.
         self.load_data = load_data
-        self.data = load_data(data_dir, "train", utils.image_size(model), download=download)
-        self.all_images = len(self.data)
+        # No image at first of data that every device has: this one's part comes with the settings.
+        self.labels = np.empty(0, np.int64)  # of all images
+        self.data = self._load(self._only_labels, download)
+        if not self.data.everywhere:
+            self.labels = self.data.labels.numpy()
         self.cut: tuple[str, int, int] | None = None  # which part: scheme, number of parts, seed
         self.testset: utils.ImageSet | None = None  # loaded when a server asks for `evaluate`
         self.classes = self.data.classes
@@ -80,7 +82,7 @@ class TorchTrainer:
         self.run_id: str | None = None  # for which the number of threads was chosen
 
     def describe(self) -> str:
-        return f"{self.model} on {self.device}, {len(self.data):,} {self.data.source}"
+        return f"{self.model} on {self.device}, {len(self.labels):,} {self.data.source}"
 
     def prepare(self, settings: Settings) -> tuple[int, str]:
         """Keep the images that these settings give to this device; return how many, in words too.
@@ -91,10 +93,10 @@ class TorchTrainer:
         self._cut_data(settings)
         self._check_memory(settings.batch_size)
         kind = self.data.source if self.data.everywhere else "images"
-        if len(self.data) == self.all_images:
+        if len(self.data) == len(self.labels):
             return len(self.data), f"{len(self.data):,} {kind}, all of them"
         part = f"part {self.cid} of {settings.num_partitions}"
-        return len(self.data), f"{len(self.data):,} of {self.all_images:,} {kind} ({part})"
+        return len(self.data), f"{len(self.data):,} of {len(self.labels):,} {kind} ({part})"
 
     def get_weights(self) -> dict[str, np.ndarray]:
         return utils.get_weights(self.net)
@@ -206,10 +208,7 @@ class TorchTrainer:
         cut = (scheme, settings.num_partitions, settings.seed)
         if self.cut == cut:
             return
-        if self.cut and len(self.data) != self.all_images:  # another server, or other flags
-            size = utils.image_size(self.model)
-            self.data, self.cut = self.load_data(self.data_dir, "train", size), None
-            self.all_images = len(self.data)
+        chosen = np.arange(len(self.labels))
         if scheme != "none":
             if self.cid not in map(str, range(settings.num_partitions)):
                 raise FederationError(
@@ -217,10 +216,22 @@ class TorchTrainer:
                     f"partitions (0 to {settings.num_partitions - 1}); give each device its own, "
                     "or start the server with --partition none"
                 )
-            labels = self.data.labels.numpy()
-            parts = partition(labels, settings.num_partitions, scheme, settings.seed)
-            self.data = self.data.subset(parts[int(self.cid)])
+            parts = partition(self.labels, settings.num_partitions, scheme, settings.seed)
+            chosen = parts[int(self.cid)]
+        if self.data.everywhere:
+            self.data = self._load(lambda labels: chosen)
+        else:
+            whole = self.data if len(self.data) == len(self.labels) else self._load()
+            self.data = whole.subset(chosen) if scheme != "none" else whole
         self.cut = cut
+
+    def _only_labels(self, labels: np.ndarray) -> np.ndarray:
+        self.labels = labels
+        return labels[:0]
+
+    def _load(self, part: utils.Part | None = None, download: bool = False) -> utils.ImageSet:
+        size = utils.image_size(self.model)
+        return self.load_data(self.data_dir, "train", size, download=download, part=part)
 
     def _check_memory(self, batch_size: int) -> None:
         """Warn of training that will swap.
@@ -249,7 +260,13 @@ class TorchTrainer:
 
 
 def load_decoded(
-    cache: Path, data_dir: str | Path, split: str, image_size: int, *, download: bool = False
+    cache: Path,
+    data_dir: str | Path,
+    split: str,
+    image_size: int,
+    *,
+    download: bool = False,
+    part: utils.Part | None = None,
 ) -> utils.ImageSet:
     """Do as utils.load_data does, from what an earlier process decoded, if there is that.
 
@@ -257,7 +274,7 @@ def load_decoded(
     not read: processes share them, and each holds only its part in its own memory.
     """
     if str(data_dir).startswith("synthetic"):
-        return utils.load_data(data_dir, split, image_size)
+        return utils.load_data(data_dir, split, image_size, part=part)
 
     def files() -> tuple[Path, Path]:
         # A folder's time changes when an image comes, goes or is replaced; to look at each of
@@ -275,16 +292,17 @@ def load_decoded(
         data = utils.load_data(data_dir, split, image_size, download=download)
         pixels, rest = files()  # they may have been downloaded
         cache.mkdir(parents=True, exist_ok=True)
-        part = pixels.with_suffix(f".{os.getpid()}.npy")
-        np.save(part, data.images.permute(0, 2, 3, 1).contiguous().numpy())
-        part.replace(pixels)
+        new = pixels.with_suffix(f".{os.getpid()}.npy")
+        np.save(new, data.images.permute(0, 2, 3, 1).contiguous().numpy())
+        new.replace(pixels)
         noted = (data.labels.tolist(), data.classes, data.source, data.everywhere)
         write_whole(rest, json.dumps(noted).encode())
     labels, classes, source, everywhere = json.loads(rest.read_bytes())
-    images = torch.from_numpy(np.load(pixels, mmap_mode="c", allow_pickle=False)).permute(
-        0, 3, 1, 2
+    mapped = torch.from_numpy(np.load(pixels, mmap_mode="c", allow_pickle=False))
+    data = utils.ImageSet(
+        mapped.permute(0, 3, 1, 2), torch.tensor(labels), classes, source, everywhere
     )
-    return utils.ImageSet(images, torch.tensor(labels), classes, source, everywhere)
+    return data.subset(part(data.labels.numpy())) if part and everywhere else data
 
 
 class ProgressBar:

@@ -21,12 +21,12 @@ import sys
 import tarfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ IMAGE_SIZE = 32  # pixels a side; a model that wants more has an attribute `imag
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 LR = 0.02  # at the start of a run; falls to 0 over it
+Part = Callable[[np.ndarray], np.ndarray]  # from all labels to the indices of some images
 
 
 class DownloadError(FederationError):
@@ -181,7 +182,12 @@ class ImageSet:
 
 
 def load_data(
-    data_dir: str | Path, split: str, image_size: int = IMAGE_SIZE, *, download: bool = False
+    data_dir: str | Path,
+    split: str,
+    image_size: int = IMAGE_SIZE,
+    *,
+    download: bool = False,
+    part: Part | None = None,
 ) -> ImageSet:
     """Load the `train` or `test` images of `data_dir`, resized to `image_size` pixels.
 
@@ -189,12 +195,15 @@ def load_data(
     CIFAR-10 in `cifar-10-batches-py`; with `download` CIFAR-10 is fetched into it first.
     "synthetic" (or "synthetic:2000", with 2,000 training images) needs no folder at all.
 
+    Args:
+        part: which images of CIFAR-10 or "synthetic" to load; of a folder all are.
+
     Raises:
         FederationError: nothing usable is there.
         DownloadError: CIFAR-10 is not there and could not be downloaded.
     """
     if str(data_dir).split(":")[0] == "synthetic":
-        return _synthetic(str(data_dir), split, image_size)
+        return _synthetic(str(data_dir), split, image_size, part)
     data_dir = Path(data_dir).expanduser()
     if (data_dir / "train").is_dir() or (data_dir / "test").is_dir():
         return _image_folder(data_dir, split, image_size)
@@ -206,10 +215,10 @@ def load_data(
     if download:
         with _one_at_a_time(data_dir):
             try:
-                return _cifar10(data_dir, split)
+                return _cifar10(data_dir, split, part)
             except FederationError:  # not there, or damaged
                 _fetch_cifar10(data_dir)
-    return _cifar10(data_dir, split)
+    return _cifar10(data_dir, split, part)
 
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -226,17 +235,22 @@ CIFAR10_MD5 = {
 }
 
 
-def _cifar10(data_dir: Path, split: str) -> ImageSet:
+def _cifar10(data_dir: Path, split: str, part: Part | None) -> ImageSet:
     if not (folder := data_dir / CIFAR10_FOLDER).is_dir():
         raise FederationError(f"data directory '{data_dir}' {_what_is_wrong(data_dir)}")
     names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
-    batches = [_unpickle(folder / name) for name in names]
-    images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
-    labels = [label for batch in batches for label in batch["labels"]]
+    labels = [np.array(_unpickle(folder / name)["labels"]) for name in names]
+    chosen = part(np.concatenate(labels)) if part else np.arange(sum(map(len, labels)))
+    images = np.empty((len(chosen), 32, 32, 3), np.uint8).transpose(0, 3, 1, 2)
+    ends = np.cumsum([len(batch) for batch in labels])
+    for name, end, batch in zip(names, ends, labels):  # one file at a time in memory
+        here = (end - len(batch) <= chosen) & (chosen < end)
+        if here.any():
+            pixels = _unpickle(folder / name)["data"].reshape(-1, 3, 32, 32)
+            images[here] = pixels[chosen[here] - end]
     classes = _unpickle(folder / "batches.meta")["label_names"]
-    return ImageSet(
-        torch.from_numpy(images), torch.tensor(labels), classes, "CIFAR-10 images", everywhere=True
-    )
+    kept = torch.from_numpy(np.concatenate(labels)[chosen])
+    return ImageSet(torch.from_numpy(images), kept, classes, "CIFAR-10 images", everywhere=True)
 
 
 def _what_is_wrong(data_dir: Path) -> str:
@@ -436,7 +450,7 @@ def class_names(data_dir: Path, split: str) -> list[str]:
     return folders[split]
 
 
-def _synthetic(name: str, split: str, image_size: int) -> ImageSet:
+def _synthetic(name: str, split: str, image_size: int, part: Part | None) -> ImageSet:
     """Make noisy, shifted colour patterns of CIFAR-10's shape, the same on every machine.
 
     "synthetic" has CIFAR-10's 50,000 and 10,000 images, "synthetic:N" N and N // 5. Each class
@@ -451,15 +465,18 @@ def _synthetic(name: str, split: str, image_size: int) -> ImageSet:
     rng = np.random.default_rng([0, split == "test"])
     labels, kinds = rng.integers(0, 10, size), rng.integers(0, 2, size)
     shifts, shown = rng.integers(0, 8, (2, size)), rng.integers(0, 6, (size, 1, 1, 1), np.uint16)
-    images = rng.integers(0, 256, (size, 3, 32, 32), np.uint8)
-    for start in range(0, size, 1000):  # 1000 at a time, for memory's sake
-        part = slice(start, start + 1000)
-        pattern = shifted[shifts[0, part], shifts[1, part], labels[part], kinds[part]]
-        images[part] = (images[part] * (16 - shown[part]) + pattern * shown[part]) // 16
-    tensor = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
+    chosen = part(labels) if part else np.arange(size)
+    images = np.empty((len(chosen), 32, 32, 3), np.uint8).transpose(0, 3, 1, 2)
+    for start in range(0, size if len(chosen) else 0, 1000):  # 1000 at a time, for memory's sake
+        s = slice(start, start + 1000)
+        pattern = shifted[shifts[0, s], shifts[1, s], labels[s], kinds[s]]
+        noise = rng.integers(0, 256, pattern.shape, np.uint8)
+        here = (start <= chosen) & (chosen < start + 1000)
+        images[here] = ((noise * (16 - shown[s]) + pattern * shown[s]) // 16)[chosen[here] - start]
+    tensor = torch.from_numpy(images)
     tensor = tensor if image_size == 32 else F.interpolate(tensor, (image_size, image_size))
-    classes = [f"pattern {i}" for i in range(10)]
-    return ImageSet(tensor, torch.from_numpy(labels), classes, "synthetic images", everywhere=True)
+    classes, kept = [f"pattern {i}" for i in range(10)], torch.from_numpy(labels[chosen])
+    return ImageSet(tensor, kept, classes, "synthetic images", everywhere=True)
 
 
 # --- Batches, training, evaluation ----------------------------------------------------

@@ -255,7 +255,8 @@ def mirror(monkeypatch):
 
 def test_cifar10_is_fetched_and_read(mirror, tmp_path, capsys):
     train = load_data(tmp_path / "a" / "data", "train", download=True)
-    assert train.images.shape == (10, 3, 32, 32) and train.images.is_contiguous()
+    assert train.images.shape == (10, 3, 32, 32)
+    assert train.images.permute(0, 2, 3, 1).is_contiguous()
     assert train.images.dtype == torch.uint8 and train.labels.tolist() == [3, 5] * 5
     assert train.classes[3] == "class 3" and train.source == "CIFAR-10 images" and train.everywhere
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3072), np.uint8)
@@ -264,6 +265,17 @@ def test_cifar10_is_fetched_and_read(mirror, tmp_path, capsys):
     test = load_data(tmp_path / "a" / "data", "test")  # without download, it being there
     assert len(test) == 2 and mirror.downloads == 1
     assert capsys.readouterr() == ("", "")  # no progress bar off a terminal
+
+
+@pytest.mark.parametrize("name", ["CIFAR-10", "synthetic:2100"])
+def test_part_that_is_loaded_is_that_of_the_whole_set(mirror, tmp_path, name):
+    data_dir = tmp_path if name == "CIFAR-10" else name
+    whole = load_data(data_dir, "train", download=True)
+    some = np.random.default_rng(1).permutation(len(whole))[: len(whole) // 3]
+    part = load_data(data_dir, "train", part=lambda labels: some[labels[some] >= 0])
+    assert part.images.equal(whole.images[some]) and part.labels.equal(whole.labels[some])
+    nothing = load_data(data_dir, "train", part=lambda labels: some[:0])
+    assert len(nothing) == len(nothing.images) == 0 and nothing.classes == whole.classes
 
 
 def test_cifar10_that_is_there_is_not_fetched_again(mirror, tmp_path):
