@@ -22,7 +22,7 @@ def compose_services() -> dict[str, dict]:
 def commands() -> dict[str, list[str]]:
     """Return the commands that deploy/ and run_pi.sh give to each of Flower's programs."""
     found: dict[str, list[str]] = {"flower-superlink": [], "flower-supernode": []}
-    for path in DEPLOY.glob("*.service"):
+    for path in DEPLOY.glob("flower-*.service"):
         [command] = re.findall(r"^ExecStart=((?:.*\\\n)*.*)", path.read_text(), re.M)
         found[Path(command.split()[0]).name].append(command)
     for service in compose_services().values():
@@ -44,7 +44,7 @@ def test_flags_are_flowers_own(program):
 
 def test_nothing_is_installed_or_sent_at_run_time():
     dockerfile = (ROOT / "base_images/engine/Dockerfile").read_text()
-    for text in (*(path.read_text() for path in DEPLOY.glob("*.service")), dockerfile):
+    for text in (*(path.read_text() for path in DEPLOY.glob("flower-*.service")), dockerfile):
         assert "FLWR_TELEMETRY_ENABLED=0" in text
         assert "FLWR_DISABLE_UPDATE_CHECK=1" in text
     for command in commands()["flower-superlink"]:
