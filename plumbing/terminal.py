@@ -54,6 +54,7 @@ class Block:
         self.devices: list[Device] = []  # of this round
         self.done: set[str] = set()
         self.reports: dict[str, tuple[Progress, float]] = {}  # with the time, by cid
+        self.rates: dict[str, float] = {}  # images a second, by cid, also of earlier rounds
         self.live = Live(
             console=console,
             get_renderable=self.draw,
@@ -100,6 +101,8 @@ class Block:
                     self.devices = []
                 case Progress(device):
                     self.reports[device.cid] = event, time.monotonic()
+                    if event.images_per_second:
+                        self.rates[device.cid] = event.images_per_second
                 case Offered(device) | Result(device):
                     self.done.add(device.cid)
                 case Step():
@@ -151,7 +154,8 @@ class Block:
         report, _ = self.reports.get(device.cid, (None, 0.0))
         if not report:
             return [""]
-        cells = [f"{report.images_per_second:,.0f} images/s" if report.step else ""]
+        rate = self.rates.get(device.cid)
+        cells = [f"{rate:,.0f} images/s" if rate else ""]
         loss: Any = report.metrics.get("loss")
         cells.append(f"loss {loss:.3f}" if isinstance(loss, float) and abs(loss) < 1e6 else "")
         celsius: Any = report.metrics.get("cpu_temperature")
@@ -169,7 +173,8 @@ class Block:
         report, when = self.reports.get(device.cid, (None, 0.0))
         if not report or not report.steps:
             return 0.0
-        since = (time.monotonic() - when) * report.images_per_second / self.batch_size
+        rate = self.rates.get(device.cid, 0.0)
+        since = (time.monotonic() - when) * rate / self.batch_size
         return min((report.step + since) / report.steps, 0.99)
 
     def _counts(self) -> str:

@@ -110,7 +110,7 @@ class App:
         try:
             silence = 0.0
             yield b"retry: 1000\n\n"
-            while not self.closing:
+            while True:
                 if news := live.since(version):
                     version, silence = news["version"], 0.0
                     data = json.dumps(news, separators=(",", ":"), allow_nan=False)
@@ -118,6 +118,8 @@ class App:
                 elif silence >= BEAT_SECONDS:
                     silence = 0.0
                     yield b": still here\n\n"
+                if self.closing:
+                    return
                 silence += TICK_SECONDS
                 await asyncio.sleep(TICK_SECONDS)
         finally:
