@@ -9,6 +9,7 @@ that came, so a round is two transfers per client and an average. The sides take
     ours    federated.rounds.synchronous over a StreamFleet; plumbing.stream.device.serve
     stock   flwr.server.start_server; flwr.client.start_client
     tls     ours with --secure: TLS 1.3, and a key of its own for each client
+    page    ours with the page, and a browser's stream open; with --page, instead of the others
 
 All run FedAvg with the same settings. A time is from one round's start to the next one's;
 ratios are of neighbours in one turn, so that other load on the machine weighs on all.
@@ -21,10 +22,12 @@ import multiprocessing
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ from plumbing.security.owner import admit
 ROUNDS = {"Net": 200, "ResNet18": 12}  # 1 s and more on either side
 AIMS = {"Net": 1.0, "ResNet18": 0.5}
 TLS_AIM = 1.25  # of our plain side, for ResNet18
+PAGE_AIM = 1.05  # of our side without the page
 PATIENCE_SECONDS = 300  # for one side's turn
 
 spawn = multiprocessing.get_context("spawn")
@@ -68,36 +72,43 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help=f"timed ones, in a turn (default: {ROUNDS})")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side (default: 5)")
     parser.add_argument("--clients", type=int, default=2, help="default: 2")
+    parser.add_argument("--page", action="store_true", help="compare with and without the page")
     parser.add_argument("--short", action="store_true", help="Net, 5 rounds, 1 repeat")
     args = parser.parse_args()
     if args.short:
         args.model, args.rounds, args.repeats = "Net", 5, 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    print(f"{args.clients} clients, median ms a round; ratios ours/stock and tls/ours")
+    pairs = [("page", "ours")] if args.page else [("ours", "stock"), ("tls", "ours")]
+    names = " and ".join("/".join(pair) for pair in pairs)
+    print(f"{args.clients} clients, median ms a round; ratios {names}")
     for model in [args.model] if args.model else list(ROUNDS):
-        compare(model, args.rounds or ROUNDS[model], args.repeats, args.clients)
+        compare(model, pairs, args.rounds or ROUNDS[model], args.repeats, args.clients)
 
 
-def compare(model: str, rounds: int, repeats: int, clients: int) -> None:
+def compare(
+    model: str, pairs: list[tuple[str, str]], rounds: int, repeats: int, clients: int
+) -> None:
     """Let the sides take turns, and print what they took."""
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
-    ratios: dict[str, list[float]] = {"ours/stock": [], "tls/ours": []}
+    sides = [side for side in SIDES if any(side in pair for pair in pairs)]
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    ratios: dict[str, list[float]] = {"/".join(pair): [] for pair in pairs}
     for repeat in range(1, repeats + 1):
-        order = SIDES if repeat % 2 else reversed(SIDES)
+        order = sides if repeat % 2 else reversed(sides)
         took = {side: 1000 * take_turn(side, model, rounds, clients) for side in order}
-        for side in SIDES:
+        for side in sides:
             times[side].append(took[side])
-        ratios["ours/stock"].append(took["ours"] / took["stock"])
-        ratios["tls/ours"].append(took["tls"] / took["ours"])
+        for one, other in pairs:
+            ratios[f"{one}/{other}"].append(took[one] / took[other])
         print(
             f"{model:8}  turn {repeat}/{repeats}  "
-            + "  ".join(f"{side} {took[side]:7.2f}" for side in SIDES)
+            + "  ".join(f"{side} {took[side]:7.2f}" for side in sides)
             + "".join(f"  {name} {values[-1]:.2f}" for name, values in ratios.items()),
             flush=True,
         )
-    medians = "  ".join(f"{side} {statistics.median(times[side]):.2f}" for side in SIDES)
+    medians = "  ".join(f"{side} {statistics.median(times[side]):.2f}" for side in sides)
     print(f"{model:8}  median ms   {medians}")
-    aims = {"ours/stock": AIMS[model], "tls/ours": TLS_AIM if model == "ResNet18" else None}
+    tls_aim = TLS_AIM if model == "ResNet18" else None
+    aims = {"ours/stock": AIMS[model], "tls/ours": tls_aim, "page/ours": PAGE_AIM}
     for name, values in ratios.items():
         print(
             f"{model:8}  {name:10}  min {min(values):.2f}  median {statistics.median(values):.2f}  "
@@ -172,6 +183,7 @@ def our_server(
     clients: int,
     results: Connection,
     directory: Path | None,
+    page: bool = False,
 ) -> None:
     import utils
     from federated.rounds import Plan, synchronous
@@ -197,11 +209,45 @@ def our_server(
     )
     strategy = make_strategy("FedAvg", 1.0, clients, 0.02)
     starts = [time.perf_counter()]
-    for step in synchronous(fleet, strategy, weights, plan):
-        assert len(step.contributions) == clients, step.dropped
-        starts.append(time.perf_counter())
+    with contextlib.ExitStack() as stack:
+        observe = stack.enter_context(shown_page()) if page else lambda event: None
+        for step in synchronous(fleet, strategy, weights, plan, observe=observe):
+            assert len(step.contributions) == clients, step.dropped
+            observe(step)
+            starts.append(time.perf_counter())
     results.send(starts)
     fleet.close(run_is_over=True)
+
+
+@contextlib.contextmanager
+def shown_page() -> Iterator[Callable[[Any], None]]:
+    """Serve a page that a browser has open; return the observer that feeds it."""
+    from plumbing.page.app import App
+    from plumbing.page.server import Page
+    from plumbing.page.state import RunState
+
+    state = RunState({"model": "Net", "rounds": 0})
+    with tempfile.TemporaryDirectory() as runs:
+        page = Page("127.0.0.1:0", App(Path(runs), state))
+        try:
+            port = page.socket.getsockname()[1]
+            browser = subprocess.Popen([sys.executable, "-c", BROWSER, str(port)])
+            yield state
+            browser.kill()
+            browser.wait()
+        finally:
+            page.close()
+
+
+# Reads what is new, in a process of its own, as a browser does.
+BROWSER = """
+import socket, sys
+with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as browser:
+    host = f"127.0.0.1:{sys.argv[1]}"
+    browser.sendall(f"GET /api/live HTTP/1.1\\r\\nHost: {host}\\r\\n\\r\\n".encode())
+    while browser.recv(1 << 16):
+        pass
+"""
 
 
 def our_client(address: str, cid: str, directory: Path | None) -> None:
@@ -257,10 +303,11 @@ def stock_client(address: str, cid: str, _: Path | None) -> None:
     start_client(server_address=address, client=Echo(cid).to_client())
 
 
-SIDES = {
+SIDES: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
     "ours": (our_server, our_client),
     "stock": (stock_server, stock_client),
     "tls": (our_server, our_client),
+    "page": (partial(our_server, page=True), our_client),
 }
 
 
