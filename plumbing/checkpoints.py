@@ -108,7 +108,7 @@ def load_fitting(
     }
     if not new_rest or not fits:
         shared = {name: array for name, array in found.items() if name in like}
-        fits = _check_weights(path, shared, like, model)
+        fits = _check_weights(path, shared or found, like, model)
     return fits, [name for name in found if name not in fits]
 
 

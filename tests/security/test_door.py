@@ -78,7 +78,8 @@ def test_admitted_device_is_known_to_the_handler(registered, open_fleet):
     fleet = open_fleet()
     pair = admitted(fleet.gate, "7")
     for method in set(registered) - {ENROL}:
-        assert answer(fleet, pair, method) == "ok", method
+        let_in = ("ok", "INVALID_ARGUMENT: this asks for no file")  # Fetch wants more than nothing
+        assert answer(fleet, pair, method) in let_in, method
     with channel(fleet, pair) as opened:
         assert next(opened.stream_stream(TOMORROW)(iter(()))) == b"hello, 7"
 
