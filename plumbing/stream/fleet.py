@@ -126,7 +126,8 @@ class StreamFleet(Fleet):
         )
         # All that follows belongs to the event loop's thread.
         self._sessions: dict[str, Session] = {}
-        self._keys: weakref.WeakKeyDictionary[Device, Session] = weakref.WeakKeyDictionary()
+        # No sessions: they refer to their devices, which then would never be forgotten.
+        self._keys: weakref.WeakKeyDictionary[Device, Peer] = weakref.WeakKeyDictionary()
         self._lost: dict[str, Work] = {}  # by cid, of devices whose connection broke
         self._servers: list[grpc.aio.Server] = []
         self._numbers = itertools.count(1)
@@ -187,8 +188,9 @@ class StreamFleet(Fleet):
     def revoked(self, devices: Sequence[Device]) -> list[Device]:
         if not self.gate:
             return []
-        sessions = [self._keys[device] for device in devices]
-        found = [session.device for session in self.gate.revoked(sessions)]
+        peers = {device: self._keys[device] for device in devices}
+        revoked = self.gate.revoked(peers.values())
+        found = [device for device, peer in peers.items() if peer in revoked]
         for device in found:
             self._loop.call_soon_threadsafe(self._cut, device)
         return found
@@ -496,7 +498,7 @@ class StreamFleet(Fleet):
 
     def _admit(self, session: Session) -> Session:
         self._sessions[session.cid] = session
-        self._keys[session.device] = session
+        self._keys[session.device] = Peer(session.cid, session.key_hash)
         self._events.put(Joined(session.device))
         return session
 

@@ -1,10 +1,12 @@
 """plumbing/stream/fleet.py and plumbing/stream/device.py against each other, over real gRPC."""
 
 import contextlib
+import gc
 import queue
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 import grpc
@@ -225,6 +227,27 @@ def test_reply_far_larger_than_the_model_is_refused_before_it_is_read(open_fleet
     result = recorder.events[-1]
     assert "its reply is too large: Received message larger than max" in result.problem
     assert result.at_fault
+
+
+def test_device_that_has_left_is_forgotten(open_fleet):
+    fleet = open_fleet()
+    with grpc.insecure_channel(fleet.address) as channel:
+        replies: queue.SimpleQueue = queue.SimpleQueue()
+        replies.put(wire.encode_properties_reply(greeting("brief")))
+        stream = channel.stream_stream(transport.JOIN)(iter(replies.get, None))
+        next(stream)
+        event = fleet.wait(20)
+        device = weakref.ref(event.device)
+        replies.put(None)
+        stream.cancel()
+        event = fleet.wait(20)
+        assert event.device is device()
+        assert event.device.gone
+    del event
+    deadline = time.monotonic() + 20
+    while gc.collect() is not None and device():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.waits
