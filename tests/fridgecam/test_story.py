@@ -1,5 +1,7 @@
 """The story of a fridge through real processes, with a tiny model."""
 
+import json
+import signal
 import sys
 from pathlib import Path
 
@@ -97,3 +99,31 @@ def test_device_with_torch_takes_part_beside_one_without(
     assert "device a joined" in server.output
     assert "device b joined" in server.output
     assert "dropped" not in server.output
+
+
+def test_watch_looks_trains_and_stops_at_once_when_sharing_is_switched_off(
+    start_server, fridge, service, tmp_path
+):
+    server, address = start_server(
+        "--open_ended", model=MODEL, data_dir=str(service), every="1",
+        init_weights=str(tmp_path / "start.safetensors"), min_num_clients="1",
+    )  # fmt: skip
+    assert fridge("a", "install", f"--server_address={address}", "--cid=a").finish() == 0
+    first = json.loads((tmp_path / "a" / "model" / "card.json").read_text())["version"]
+    for i in range(9):
+        paint(tmp_path / "a" / "photos" / "Milk" / f"{i}.jpg", 1, 70 + i)
+    assert fridge("a", "share", "on").finish() == 0
+    watching = fridge("a", "watch", "--every=2")
+    server.wait_for("device a joined")
+    server.wait_for(r"round 2  devices 1/1")
+    watching.wait_for(r"model \d+: 3 held out, \d+ newly right, \d+ newly wrong")
+    paint(tmp_path / "a" / "inbox" / "new.jpg", 1, 5)
+    watching.wait_for(r"new\.jpg: (Cabbage|Milk|Tomato) ")
+    assert fridge("a", "share", "off").finish() == 0
+    watching.wait_for("sharing is off: training stops")
+    server.wait_for("device a left|lost")
+    card = json.loads((tmp_path / "a" / "model" / "card.json").read_text())
+    assert card["version"] > first
+    assert (tmp_path / "a" / "model" / "personal.safetensors").exists()
+    watching.signal(signal.SIGTERM)
+    assert watching.finish() == 143
