@@ -120,7 +120,7 @@ def test_device_trains_amid_floods_of_frames_and_memory_stays(
         print(f"{kind}: {shown}; {found}")
         assert flood.frames > 1000
         assert rounds > 0
-        assert grown < 40
+        assert grown < 60
         record_fault(f"a flood of HTTP/2 frames: {kind}", shown, found)
 
 
