@@ -56,7 +56,7 @@ def test_an_hour_of_rounds_leaves_memory_threads_and_files_as_they_were(
         )
         for cid in (0, 1)
     ]  # fmt: skip
-    server.wait_for("^round 1/", 120)
+    server.wait_for(r"^round 1\b", 120)
     watched = {"server.py": server.popen.pid, "client.py": clients[0].popen.pid}
     held: dict[str, list[dict[str, int]]] = {name: [] for name in watched}
     end, minute, restless = time.monotonic() + SECONDS, 0.0, None
