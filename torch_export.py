@@ -124,6 +124,7 @@ def classes_of(file: Path, pixels: np.ndarray) -> np.ndarray:
 
 def quantise(source: Path, target: Path, calibration: np.ndarray) -> None:
     """Write an int8 file: weights by channel, activations by what `calibration` reaches."""
+    import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
@@ -134,6 +135,7 @@ def quantise(source: Path, target: Path, calibration: np.ndarray) -> None:
             one = next(self.left, None)
             return None if one is None else {"pixels": one[None]}
 
+    onnxruntime.set_default_logger_severity(3)  # else it names each constant that it removes
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)  # it advises a step that changes nothing here
     try:
