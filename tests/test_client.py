@@ -17,6 +17,7 @@ import torch
 
 import client
 import torch_trainer
+import utils
 from federated.errors import FederationError
 from plumbing.security.identity import open_identity
 from tests.conftest import ROOT
@@ -339,7 +340,7 @@ def test_estimate_of_memory_is_near_the_real_increase():
         assert 0.9 * increase - 10 < needed < 1.25 * increase + 25, (model, batch_size)
 
 
-def test_estimate_leaves_the_model_as_it_was(device):
+def test_estimate_leaves_the_model_as_it_was():
     class Normed(torch.nn.Sequential):
         def __init__(self):
             super().__init__(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
@@ -347,7 +348,7 @@ def test_estimate_leaves_the_model_as_it_was(device):
     net = Normed()
     before = copy.deepcopy(net.state_dict())
     small, large = (
-        torch_trainer.training_bytes(net, device.trainer.data, size) for size in (10, 20)
+        torch_trainer.training_bytes(net, utils.load_data(DATA, "train"), size) for size in (10, 20)
     )
     assert all(net.state_dict()[name].equal(value) for name, value in before.items())
     # At least the images, and the convolution's output that BatchNorm saves.

@@ -35,9 +35,11 @@ def test_walk_through_to_a_saved_model_that_starts_the_next_run(
     assert "round 2/2  devices 2/2  loss " in server.output
 
     run = tmp_path / "run"
+    for_tensorboard = next(run.glob("events.out.tfevents.*"))
     assert {path.name for path in run.iterdir()} == {
         "config.json", "metrics.jsonl", "events.jsonl", "checkpoint.safetensors",
         "checkpoint.previous.safetensors", "model.safetensors", "report.png", "lock",
+        for_tensorboard.name,
     }  # fmt: skip
     config = json.loads((run / "config.json").read_text())
     assert config["epochs"] == 2
