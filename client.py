@@ -73,7 +73,9 @@ class Trainer(Protocol):
                 last one, and the images a second so far.
         """
 
-    def evaluate(self, weights: Mapping[str, np.ndarray]) -> tuple[float, int, dict[str, Any]]:
+    def evaluate(
+        self, weights: Mapping[str, np.ndarray], settings: Settings
+    ) -> tuple[float, int, dict[str, Any]]:
         """Return the loss of `weights`, on how many images, and metrics."""
 
 
@@ -150,7 +152,7 @@ class Client:
     ) -> tuple[float, int, dict[str, Any]]:
         """Evaluate the global weights on this device's test images."""
         print(f"Client {self.cid}: evaluate")
-        return self.trainer.evaluate(self._named(parameters))
+        return self.trainer.evaluate(self._named(parameters), self._settings(config))
 
     def _settings(self, config: dict[str, Any]) -> Settings:
         return Settings.from_config(config, default_lr=self.trainer.lr)

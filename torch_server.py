@@ -277,7 +277,11 @@ def run(
         program, resume_command: printed, with the directory's name, when it is interrupted.
     """
     strategy = make_strategy(
-        settings.strategy, settings.sample_fraction, settings.sample_size, settings.lr
+        settings.strategy,
+        settings.sample_fraction,
+        settings.sample_size,
+        settings.lr,
+        settings.sample_fraction_evaluate,
     )
     task = Task(settings, args.data_dir, Threads(args.threads))
     bounds = Bounds(settings.max_update_norm, settings.max_weight_ratio)

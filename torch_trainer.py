@@ -71,8 +71,9 @@ class TorchTrainer:
         self.data = self._load(self._only_labels, download)
         if not self.data.everywhere:
             self.labels = self.data.labels.numpy()
-        self.cut: tuple[str, int, int] | None = None  # which part: scheme, number of parts, seed
+        self.cut: tuple[str, int, int] | None = None  # which part, see `_cut_of`
         self.testset: utils.ImageSet | None = None  # loaded when a server asks for `evaluate`
+        self.testset_cut: tuple[str, int, int] | None = None
         self.classes = self.data.classes
         self.net = utils.build_model(model, len(self.classes))
         self.names = list(self.net.state_dict())
@@ -143,18 +144,30 @@ class TorchTrainer:
         }
         return utils.get_weights(self.net), trained.num_examples, metrics
 
-    def evaluate(self, weights: Mapping[str, np.ndarray]) -> tuple[float, int, dict[str, Any]]:
+    def evaluate(
+        self, weights: Mapping[str, np.ndarray], settings: Settings
+    ) -> tuple[float, int, dict[str, Any]]:
         """Return loss, number of images and metrics of `weights` on this device's test images."""
-        if self.testset is None:
+        testset, which = self._test_images(settings)
+        utils.set_weights(self.net, weights)
+        result = utils.test(self.net, testset, self.device)
+        return result.loss, len(testset), {"accuracy": result.accuracy, "images": which}
+
+    def _test_images(self, settings: Settings) -> tuple[utils.ImageSet, str]:
+        """Return this device's part of the test images, and which images these are."""
+        if self.testset is None or self.testset_cut != self._cut_of(settings):
             try:
                 size = utils.image_size(self.model)
-                self.testset = self.load_data(self.data_dir, "test", size)
+                part = partial(self._chosen, settings=settings)
+                found = self.load_data(self.data_dir, "test", size, part=part)
             except FederationError as error:
                 print(f"Client {self.cid}: evaluates on its training images ({error})")
-                self.testset = self.data
-        utils.set_weights(self.net, weights)
-        result = utils.test(self.net, self.testset, self.device)
-        return result.loss, len(self.testset), {"accuracy": result.accuracy}
+                self._cut_data(settings)
+                return self.data, "training"
+            if not found.everywhere:  # then all images were loaded
+                found = found.subset(self._chosen(found.labels.numpy(), settings))
+            self.testset, self.testset_cut = found, self._cut_of(settings)
+        return self.testset, "test"
 
     def _choose_threads(self, settings: Settings) -> None:
         """Take the number of threads that this run has had here, or the fastest."""
@@ -200,30 +213,36 @@ class TorchTrainer:
             trained = utils.train(net, loader, settings, "cpu", before_step, lambda _: None)
         return max(1, trained.steps - 1) / (trained.seconds - first_step)
 
-    def _cut_data(self, settings: Settings) -> None:
-        """Keep this device's part of the images, and free the others."""
+    def _cut_of(self, settings: Settings) -> tuple[str, int, int]:
+        """Return which part these settings give to this device: scheme, number of parts, seed."""
         scheme = settings.partition
         if parse_partition(scheme)[0] == "auto":
             scheme = "iid" if self.data.everywhere else "none"
-        cut = (scheme, settings.num_partitions, settings.seed)
-        if self.cut == cut:
+        return scheme, settings.num_partitions, settings.seed
+
+    def _cut_data(self, settings: Settings) -> None:
+        """Keep this device's part of the training images, and free the others."""
+        if self.cut == self._cut_of(settings):
             return
-        chosen = np.arange(len(self.labels))
-        if scheme != "none":
-            if self.cid not in map(str, range(settings.num_partitions)):
-                raise FederationError(
-                    f"--cid {self.cid} is none of the server's {settings.num_partitions} "
-                    f"partitions (0 to {settings.num_partitions - 1}); give each device its own, "
-                    "or start the server with --partition none"
-                )
-            parts = partition(self.labels, settings.num_partitions, scheme, settings.seed)
-            chosen = parts[int(self.cid)]
+        chosen = self._chosen(self.labels, settings)
         if self.data.everywhere:
             self.data = self._load(lambda labels: chosen)
         else:
             whole = self.data if len(self.data) == len(self.labels) else self._load()
-            self.data = whole.subset(chosen) if scheme != "none" else whole
-        self.cut = cut
+            self.data = whole.subset(chosen) if len(chosen) < len(whole) else whole
+        self.cut = self._cut_of(settings)
+
+    def _chosen(self, labels: np.ndarray, settings: Settings) -> np.ndarray:
+        """Return which of the images with these labels are this device's."""
+        scheme, count, seed = self._cut_of(settings)
+        if scheme == "none":
+            return np.arange(len(labels))
+        if self.cid not in map(str, range(count)):
+            raise FederationError(
+                f"--cid {self.cid} is none of the server's {count} partitions (0 to {count - 1}); "
+                "give each device its own, or start the server with --partition none"
+            )
+        return partition(labels, count, scheme, seed)[int(self.cid)]
 
     def _only_labels(self, labels: np.ndarray) -> np.ndarray:
         self.labels = labels

@@ -8,14 +8,24 @@ nor how updates are combined (federated/strategies.py).
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from federated.errors import FederationError
-from federated.updates import NON_FINITE, Bounds, Scalar, Update, Weights, is_finite
+from federated.updates import (
+    MAX_EXAMPLES,
+    NON_FINITE,
+    Bounds,
+    Scalar,
+    Score,
+    Update,
+    Weights,
+    is_finite,
+    lower_median,
+)
 
 if TYPE_CHECKING:
-    from federated.strategies import Strategy, Training
+    from federated.strategies import DeviceEvaluation, Strategy, Training
 
 LOST = "the connection broke"
 REVOKED = "it was revoked"
@@ -63,12 +73,13 @@ class Device:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What devices are asked to do: train from `model` on their own images."""
+    """What devices are asked to do: train from `model`, or evaluate it, on their own images."""
 
     id: str  # survives a broken connection: a device that comes back can offer its result
     version: int  # the round whose result `model` is
     model: Weights
     config: Mapping[str, Scalar]  # the settings, as they travel (federated/settings.py)
+    kind: Literal["train", "evaluate"] = "train"
 
 
 @dataclass(frozen=True)
@@ -117,13 +128,14 @@ class Result:
     device: Device
     job: Job
     update: Update | None  # checked
-    problem: str = ""  # why there is none
+    problem: str = ""  # why there is neither an update nor a score
     at_fault: bool = False  # the device, not the network
     seconds: float = 0.0  # from sending the job to the device's being done
     bytes_sent: int = 0
     bytes_received: int = 0
     seconds_sending: float = 0.0  # the first of `seconds`: until the job was with the device
     seconds_receiving: float = 0.0  # after `seconds`: while its update came
+    score: Score | None = None  # of a job to evaluate; checked
 
 
 @dataclass(frozen=True)
@@ -313,6 +325,16 @@ class Contribution:
 
 
 @dataclass(frozen=True)
+class DeviceScores:
+    """What devices found of a round's new model."""
+
+    metrics: Mapping[str, Scalar]  # what the strategy makes of all scores
+    sampled: int  # devices that were asked
+    scores: Sequence[tuple[Device, Score]]  # by the device's name
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Step:
     """A finished round: the new global weights and how they came about."""
 
@@ -323,8 +345,9 @@ class Step:
     contributions: Sequence[Contribution]  # by the device's name
     dropped: Sequence[tuple[str, str]]  # names and reasons, of all attempts
     seconds: float  # without waiting for devices and without evaluating
-    seconds_evaluate: float
+    seconds_evaluate: float  # on the server
     seconds_aggregate: float = 0.0  # of `seconds`
+    device_scores: DeviceScores | None = None  # None if the strategy asked no device
 
 
 def synchronous(
@@ -337,6 +360,8 @@ def synchronous(
 ) -> Iterator[Step]:
     """Round by round: sample devices, wait for all of them, aggregate, evaluate.
 
+    Devices evaluate the new model, too, if the strategy wants that.
+
     Raises:
         FederationError: a round has no new model after as many retries as the plan allows.
     """
@@ -347,9 +372,10 @@ def synchronous(
             if event := fleet.wait(left):
                 observe(event)
         due = time.monotonic() + plan.every
-        step = _Round(server_round, fleet, strategy, weights, plan, bounds, observe).finish()
+        this_round = _Round(server_round, fleet, strategy, weights, plan, bounds, observe)
+        step = this_round.finish()
         weights = step.weights
-        yield step
+        yield replace(step, device_scores=this_round.evaluate_on_devices(weights))
 
 
 class NoModel(Exception):
@@ -508,22 +534,35 @@ class _Round:
                 self.observe(event)
 
     def _collect(self, training: "Training") -> None:
-        """Give out the jobs; take the results until all are in or the round's time is over."""
+        """Let devices train; take the updates until all are in or the round's time is over."""
         self.counted = []
         self.reasons: list[str] = []  # of this attempt's drops
-        expected: dict[str, tuple[Device, Job]] = {}  # by cid; in the end it is empty
-        lost: set[str] = set()  # of these, whose connection broke; they may come back
-        # Of these, who have trained. The fleet drops a device that does not send its update in
-        # time; how long that takes depends on the others as well.
-        offered: set[str] = set()
         jobs = training.jobs(self.plan.job_id(self.server_round))
         self.sampled = len(jobs)
         limit = self.bounds.norm_limit(self.weights)
         declared = [device.properties.get("images") for device, _ in jobs]
         self.most_examples = self.bounds.examples_limit(n for n in declared if type(n) is int)
+
+        def take(result: Result) -> None:
+            self._take(result, training, limit)
+
+        self.observe(Began(self.server_round, [device for device, _ in jobs]))
+        self._gather(jobs, take, self._drop)
+
+    def _gather(
+        self,
+        jobs: Sequence[tuple[Device, Job]],
+        take: Callable[[Result], None],
+        drop: Callable[[Device, str], None],
+    ) -> None:
+        """Give out jobs; pass on each Result, and name each device that brings none in time."""
+        expected: dict[str, tuple[Device, Job]] = {}  # by cid; in the end it is empty
+        lost: set[str] = set()  # of these, whose connection broke; they may come back
+        # Of these, who have trained. The fleet drops a device that does not send its update in
+        # time; how long that takes depends on the others as well.
+        offered: set[str] = set()
         timeout = self.plan.timeout
         deadline = time.monotonic() + timeout if timeout else None
-        self.observe(Began(self.server_round, [device for device, _ in jobs]))
         for device, job in jobs:
             expected[device.cid] = (device, job)
             self.fleet.start(device, job)
@@ -534,7 +573,7 @@ class _Round:
             match event:
                 case Result(device, job) if expected.get(device.cid, (None, None))[1] is job:
                     del expected[device.cid]
-                    self._take(event, training, limit)
+                    take(event)
                     del event  # before the next one comes: it holds a device's update
                 case Left(device) if expected.get(device.cid, (None, None))[0] is device:
                     lost.add(device.cid)
@@ -549,11 +588,11 @@ class _Round:
                 for cid in [c for c in expected if c not in lost | offered]:
                     device, job = expected.pop(cid)
                     self.fleet.abandon(device, job, patience=timeout)
-                    self._drop(device, f"no reply in {timeout:g} s")
+                    drop(device, f"no reply in {timeout:g} s")
                 deadline = time.monotonic() + timeout  # for those that were lost and are back
         for device, job in expected.values():
             self.fleet.abandon(device, job)
-            self._drop(device, LOST)
+            drop(device, LOST)
 
     def _take(self, result: Result, training: "Training", limit: float) -> None:
         """Count a result, or drop it with the reason."""
@@ -626,3 +665,57 @@ class _Round:
                         f"others of this round",
                     )
             raise NoModel("the round is repeated without an update that is out of proportion")
+
+    def evaluate_on_devices(self, weights: Weights) -> DeviceScores | None:
+        """Let devices evaluate the new model. What goes wrong there costs the round nothing."""
+        if not self.strategy.evaluates:
+            return None
+        start = time.perf_counter()
+        scores: dict[Device, Score] = {}
+
+        def drop(device: Device, reason: str) -> None:
+            self._drop(device, f"evaluation: {reason}")
+
+        def take(result: Result) -> None:
+            if result.score:
+                scores[result.device] = result.score
+                return
+            result.device.failures += result.at_fault
+            drop(result.device, result.problem)
+
+        evaluation = None
+        try:
+            evaluation = self._begin_evaluation(weights)
+            jobs = evaluation.jobs(f"{self.plan.job_id(self.server_round)}-evaluate")
+            if not jobs:
+                return None
+            self._gather(jobs, take, drop)
+            usual = lower_median(score.num_examples for score in scores.values())
+            most = int(min(self.bounds.max_weight_ratio * usual, MAX_EXAMPLES))
+            metrics = evaluation.aggregate(
+                {device: (score, min(score.num_examples, most)) for device, score in scores.items()}
+            )
+        except NoModel as problem:
+            if evaluation:
+                evaluation.roll_back()
+            self.observe(Notice(f"round {self.server_round}: no evaluation by devices: {problem}"))
+            return None
+        ordered = sorted(scores.items(), key=lambda item: item[0].name)
+        return DeviceScores(metrics, len(jobs), ordered, round(time.perf_counter() - start, 3))
+
+    def _begin_evaluation(self, weights: Weights) -> "DeviceEvaluation":
+        """Let the strategy choose among idle devices, once there are as many as it wants."""
+        while True:
+            idle = [d for d in self.fleet.idle() if d.cid not in self.excluded]
+            if not idle:
+                raise NoModel("no device is idle")
+            evaluation = self.strategy.begin_evaluation(
+                self.server_round,
+                weights,
+                self.plan.config(self.server_round),
+                idle,
+                f"{self.plan.seed} {self.server_round} evaluate",
+            )
+            if evaluation:
+                return evaluation
+            self._wait_for_devices(len(idle) + 1)

@@ -82,6 +82,13 @@ class RunSettings:
     sample_fraction: float = setting(
         1.0, "fraction of the idle devices that train in a round", unit="F", above=0, high=1
     )
+    sample_fraction_evaluate: float = setting(
+        0.0,
+        "fraction of the idle devices that evaluate each new model, too, on their test images",
+        unit="F",
+        low=0,
+        high=1,
+    )
     round_timeout: float = setting(
         0.0, "close a round after S seconds; 0 is never", unit="S", low=0
     )

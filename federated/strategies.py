@@ -18,9 +18,9 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import flwr.serverapp.strategy
 import numpy as np
@@ -32,7 +32,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from federated.errors import FederationError
 from federated.rounds import Device, Job, NoModel
 from federated.settings import STRATEGIES, check_strategy, underscored
-from federated.updates import Scalar, Update, Weights
+from federated.updates import Scalar, Score, Update, Weights, clean_metrics
 
 # One reply that holds the weighted mean gives with these what all replies together give.
 MEAN_IS_ENOUGH = {
@@ -42,6 +42,7 @@ MEAN_IS_ENOUGH = {
 
 # What Flower's strategies keep of the global weights: configure_train sets it from these.
 WEIGHTS_OF_THE_ROUND = "current_arrays"
+MINIMUMS = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")  # set in each round
 
 
 class RunningMean:
@@ -95,10 +96,16 @@ class Strategy:
         self.flower = flower
         self.name = type(flower).__name__
         self.min_sample_size = min_sample_size
+        self.minimums = {name: getattr(flower, name, 0) for name in MINIMUMS}
         self.fresh = copy.deepcopy(vars(flower))  # its state before it has seen anything
         self.needs_only_mean = (
             type(flower).aggregate_train in MEAN_IS_ENOUGH
             and flower.train_metrics_aggr_fn is FedAvg().train_metrics_aggr_fn
+        )
+        # Without this the weights would be copied each round, for nobody.
+        self.evaluates = (
+            type(flower).configure_evaluate is not FedAvg.configure_evaluate
+            or flower.fraction_evaluate > 0
         )
 
     def begin(
@@ -121,21 +128,59 @@ class Strategy:
             What takes the updates, or None if it wants more devices than there are.
         """
         state = self._snapshot()
+        self._ask_for("min_train_nodes", min(max(self.min_sample_size, at_least), len(devices)))
+        configure = self.flower.configure_train
+        asked = self._ask(configure, server_round, weights, config, devices, seed)
+        if asked is None:
+            self._put_back(state)
+            return None
+        return Training(self, server_round, weights, *asked, state)
+
+    def begin_evaluation(
+        self,
+        server_round: int,
+        weights: Weights,
+        config: Mapping[str, Scalar],
+        devices: Sequence[Device],
+        seed: str = "",
+    ) -> "DeviceEvaluation | None":
+        """Let the strategy choose who evaluates the new model of a round; as `begin`."""
+        state = self._snapshot()
+        self._ask_for("min_evaluate_nodes", min(1, len(devices)))
+        configure = self.flower.configure_evaluate
+        asked = self._ask(configure, server_round, weights, config, devices, seed)
+        if asked is None:
+            self._put_back(state)
+            return None
+        return DeviceEvaluation(self, server_round, weights, *asked, state)
+
+    def _ask(
+        self,
+        configure: Callable[..., Iterable[Message]],
+        server_round: int,
+        weights: Weights,
+        config: Mapping[str, Scalar],
+        devices: Sequence[Device],
+        seed: str,
+    ) -> tuple[ArrayRecord, dict[Device, Message]] | None:
+        """Return the weights as the strategy was given them, and whom it asks for what."""
         # All that the plan asks for is here; Flower would sleep until there are more.
-        self.flower.min_available_nodes = min(self.min_sample_size, len(devices))
-        self.flower.min_train_nodes = min(max(self.min_sample_size, at_least), len(devices))
+        self._ask_for("min_available_nodes", min(self.min_sample_size, len(devices)))
         random.seed(seed)
         np.random.seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big"))
         grid = _Snapshot(devices)
         # FedAvg and FedProx do not look at the weights: they get no copy.
         arrays = ArrayRecord() if type(self.flower) in (FedAvg, FedProx) else to_record(weights)
-        settings = ConfigRecord(dict(config))
         try:
-            messages = list(self.flower.configure_train(server_round, arrays, settings, grid))
+            messages = list(configure(server_round, arrays, ConfigRecord(dict(config)), grid))
         except _MoreDevices:
-            self._put_back(state)
             return None
-        return Training(self, server_round, weights, arrays, messages, grid, state)
+        return arrays, {grid.device(message): message for message in messages}
+
+    def _ask_for(self, minimum: str, count: int) -> None:
+        """Set one of Flower's minimums, unless a class of the user's own asks for more."""
+        own = self.minimums[minimum]
+        setattr(self.flower, minimum, own if own > self.min_sample_size else count)
 
     def state(self) -> tuple[Weights, dict[str, Any]]:
         """Return what it remembers from round to round: arrays by name, and the rest for JSON.
@@ -179,7 +224,7 @@ class Strategy:
 
     def _changes(self) -> dict[str, Any]:
         """Return what differs from a strategy that has seen nothing."""
-        known = {WEIGHTS_OF_THE_ROUND, "min_available_nodes", "min_train_nodes"}
+        known = {WEIGHTS_OF_THE_ROUND, *MINIMUMS}
         return {
             name: value
             for name, value in vars(self.flower).items()
@@ -201,8 +246,10 @@ class Strategy:
             setattr(self.flower, WEIGHTS_OF_THE_ROUND, self.fresh[WEIGHTS_OF_THE_ROUND])
 
 
-class Training:
-    """A round in the making: who trains, and what came back."""
+class _Asked:
+    """What a strategy asks of devices, in one round."""
+
+    kind: Literal["train", "evaluate"]
 
     def __init__(
         self,
@@ -210,20 +257,15 @@ class Training:
         server_round: int,
         weights: Weights,
         arrays: ArrayRecord,
-        messages: Iterable[Message],
-        grid: "_Snapshot",
+        requests: Mapping[Device, Message],
         state: Mapping[str, Any],
     ) -> None:
         self.strategy = strategy
         self.server_round = server_round
         self.weights = weights
         self.arrays = arrays  # the weights as the strategy was given them
-        self.requests = {grid.device(message): message for message in messages}
-        self.state = state  # the strategy's, before this round
-        floats = {name: a for name, a in weights.items() if a.dtype.kind == "f"}
-        self.deltas = RunningMean(floats if strategy.needs_only_mean else {})
-        self.counters = RunningMean({n: a for n, a in weights.items() if n not in floats})
-        self.updates: dict[Device, tuple[Update, int]] = {}  # where the mean is not enough
+        self.requests = requests
+        self.state = state  # the strategy's, before it asked
 
     def jobs(self, job_id: str) -> list[tuple[Device, Job]]:
         """Return which device is asked to do what; equal jobs are one object.
@@ -231,16 +273,60 @@ class Training:
         Raises:
             FederationError: the strategy sends what the stream cannot carry.
         """
+        version = self.server_round - (self.kind == "train")
         distinct: dict[tuple[Any, ...], Job] = {}
         jobs = []
         for device, message in self.requests.items():
-            record, config = _content(message, self.strategy.name)
+            record, config = _content(message, self.kind, self.strategy.name)
             key = (id(record), *sorted(config.items()))
             if key not in distinct:
-                model = self.weights if record is self.arrays else self._new_weights(record)
-                distinct[key] = Job(job_id, self.server_round - 1, model, config)
+                model = self.weights
+                if record is not self.arrays:
+                    model = model | self._floats(record)
+                distinct[key] = Job(job_id, version, model, config, self.kind)
             jobs.append((device, distinct[key]))
         return jobs
+
+    def roll_back(self) -> None:
+        """Give the strategy the state that it had before it asked."""
+        self.strategy._put_back(self.state)
+
+    def _floats(self, record: ArrayRecord) -> Weights:
+        """Return the arrays of a strategy's record, in the types of the weights."""
+        found = {}
+        for name, array in record.items():
+            old = self.weights.get(name)
+            new = np.asarray(array.numpy())
+            if old is None or old.dtype.kind != "f" or new.shape != old.shape:
+                raise NoModel(f"{self.strategy.name} returns another model's '{name}'")
+            found[name] = new.astype(old.dtype)
+        return found
+
+    def _call(self, aggregate: Callable[..., Any], replies: Sequence[Message]) -> Any:
+        """Return what the strategy makes of replies.
+
+        Raises:
+            NoModel: it raises something.
+        """
+        try:
+            return aggregate(self.server_round, replies)
+        except Exception as error:  # a strategy may be the user's own
+            if type(self.strategy.flower).__module__.partition(".")[0] != "flwr":
+                traceback.print_exc()
+            raise NoModel(f"{self.strategy.name} cannot aggregate: {error}") from None
+
+
+class Training(_Asked):
+    """A round in the making: who trains, and what came back."""
+
+    kind = "train"
+
+    def __init__(self, *asked: Any) -> None:
+        super().__init__(*asked)
+        floats = {name: a for name, a in self.weights.items() if a.dtype.kind == "f"}
+        self.deltas = RunningMean(floats if self.strategy.needs_only_mean else {})
+        self.counters = RunningMean({n: a for n, a in self.weights.items() if n not in floats})
+        self.updates: dict[Device, tuple[Update, int]] = {}  # where the mean is not enough
 
     def add(self, device: Device, update: Update, num_examples: int | None = None) -> None:
         """Take a device's update, with `num_examples` as its weight (default: its own)."""
@@ -262,21 +348,12 @@ class Training:
             moved = self._moved(self.deltas.means())
             if type(flower).aggregate_train is FedAvg.aggregate_train:
                 return self._counters(moved)
-        try:
-            replies = self._one_reply(moved) if self.strategy.needs_only_mean else self._replies()
-            record, _ = flower.aggregate_train(self.server_round, replies)
-        except Exception as error:  # a strategy may be the user's own
-            if type(flower).__module__.partition(".")[0] != "flwr":
-                traceback.print_exc()
-            raise NoModel(f"{self.strategy.name} cannot aggregate: {error}") from None
+        replies = self._one_reply(moved) if self.strategy.needs_only_mean else self._replies()
+        record, _ = self._call(flower.aggregate_train, replies)
         if record is None:
             raise NoModel(f"{self.strategy.name} makes no model of these updates")
         self.strategy._forget_weights()
-        return self._new_weights(record)
-
-    def roll_back(self) -> None:
-        """Give the strategy the state that it had before this round."""
-        self.strategy._put_back(self.state)
+        return self._counters(self._floats(record))
 
     def _moved(self, delta: Iterable[tuple[str, np.ndarray]]) -> Weights:
         """Return the arrays of floats, moved by a delta, in their own types."""
@@ -297,22 +374,11 @@ class Training:
         }
         return self.weights | moved | rounded  # in the order of the weights
 
-    def _new_weights(self, record: ArrayRecord) -> Weights:
-        """Return all weights, those of floats from a strategy's record."""
-        moved = {}
-        for name, array in record.items():
-            old = self.weights.get(name)
-            new = np.asarray(array.numpy())
-            if old is None or old.dtype.kind != "f" or new.shape != old.shape:
-                raise NoModel(f"{self.strategy.name} returns another model's '{name}'")
-            moved[name] = new.astype(old.dtype)
-        return self._counters(moved)
-
     def _one_reply(self, moved: Weights) -> list[Message]:
         """Return one reply that stands for all."""
         request = next(iter(self.requests.values()))
         metrics = {"num-examples": self.deltas.num_examples}
-        return [_reply(request, moved, metrics)]
+        return [_reply(request, metrics, moved)]
 
     def _replies(self) -> list[Message]:
         """Return all replies, by the device's name: the order of arrival must not matter."""
@@ -324,8 +390,32 @@ class Training:
                 metrics["train_loss"] = update.metrics["loss"]  # as QFedAvg calls it
             metrics["num-examples"] = weight
             moved = self._moved(update.delta.items())
-            replies.append(_reply(self.requests[device], moved, metrics))
+            replies.append(_reply(self.requests[device], metrics, moved))
         return replies
+
+
+class DeviceEvaluation(_Asked):
+    """An evaluation on the devices in the making: who evaluates, and what came back."""
+
+    kind = "evaluate"
+
+    def aggregate(self, scores: Mapping[Device, tuple[Score, int]]) -> dict[str, Scalar]:
+        """Return what the strategy makes of the devices' scores.
+
+        Args:
+            scores: with the weight of each.
+
+        Raises:
+            NoModel: it makes nothing of them.
+        """
+        shown = _common_numbers([score.metrics for score, _ in scores.values()])
+        replies = []
+        for device, (score, weight) in sorted(scores.items(), key=lambda i: i[0].cid):
+            metrics = {name: score.metrics[name] for name in shown}
+            metrics |= {"loss": score.loss, "num-examples": weight}
+            replies.append(_reply(self.requests[device], metrics))
+        record = self._call(self.strategy.flower.aggregate_evaluate, replies)
+        return clean_metrics(dict(record or {}))
 
 
 # --- To and from Flower's records -----------------------------------------------------
@@ -336,8 +426,10 @@ def to_record(weights: Weights) -> ArrayRecord:
     return ArrayRecord({n: Array(a) for n, a in weights.items() if a.dtype.kind == "f"})
 
 
-def _reply(request: Message, weights: Weights, metrics: Mapping[str, Any]) -> Message:
-    content = RecordDict({"arrays": to_record(weights), "metrics": MetricRecord(dict(metrics))})
+def _reply(request: Message, metrics: Mapping[str, Any], weights: Weights | None = None) -> Message:
+    content = RecordDict({"metrics": MetricRecord(dict(metrics))})
+    if weights is not None:
+        content["arrays"] = to_record(weights)
     return Message(content, reply_to=request)
 
 
@@ -347,18 +439,18 @@ def _common_numbers(metrics: Sequence[Mapping[str, Scalar]]) -> list[str]:
     return sorted(name for name in names if all(type(m[name]) in (int, float) for m in metrics))
 
 
-def _content(message: Message, strategy: str) -> tuple[ArrayRecord, dict[str, Scalar]]:
+def _content(message: Message, kind: str, strategy: str) -> tuple[ArrayRecord, dict[str, Scalar]]:
     """Return what a strategy sends a device: weights and settings.
 
     Raises:
         FederationError: it is something else.
     """
-    kind = message.metadata.message_type
+    sent = message.metadata.message_type
     records, configs = message.content.array_records, message.content.config_records
-    if kind != "train" or len(records) != 1 or len(configs) != 1:
+    if sent != kind or len(records) != 1 or len(configs) != 1:
         raise FederationError(
-            f"the strategy {strategy} sends a message of type '{kind}' with {len(records)} models "
-            f"and {len(configs)} configs; the stream carries 'train' with one of each"
+            f"the strategy {strategy} sends a message of type '{sent}' with {len(records)} models "
+            f"and {len(configs)} configs; the stream carries '{kind}' with one of each"
         )
     config = underscored(next(iter(configs.values())))
     for name, value in config.items():
@@ -471,7 +563,11 @@ def state_of_version_1(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -
 
 
 def make_strategy(
-    choice: str, sample_fraction: float = 1.0, min_sample_size: int = 1, lr: float = 0.02
+    choice: str,
+    sample_fraction: float = 1.0,
+    min_sample_size: int = 1,
+    lr: float = 0.02,
+    sample_fraction_evaluate: float = 0.0,
 ) -> Strategy:
     """Return the strategy that `choice` names.
 
@@ -480,6 +576,7 @@ def make_strategy(
             directory, "mine:Mine" or "mine:Mine:alpha=0.1,beta=2".
         sample_fraction: of the idle devices, that a round samples.
         lr: the devices' learning rate, which QFedAvg must know.
+        sample_fraction_evaluate: of the idle devices, that evaluate the new model of a round.
 
     Raises:
         FederationError: there is no such strategy or setting.
@@ -490,7 +587,7 @@ def make_strategy(
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     common: dict[str, Any] = {
         "fraction_train": sample_fraction,
-        "fraction_evaluate": 0.0,  # the server evaluates, on the whole test set
+        "fraction_evaluate": sample_fraction_evaluate,
         "min_train_nodes": min_sample_size,
         "min_evaluate_nodes": min_sample_size,
         "min_available_nodes": min_sample_size,

@@ -39,6 +39,15 @@ class Update:
     norm: float = 0.0
 
 
+@dataclass(frozen=True)
+class Score:
+    """How good a device finds a model, on its own test images."""
+
+    loss: float
+    num_examples: int  # images tested on
+    metrics: Mapping[str, Scalar] = field(default_factory=dict)  # finite numbers, short strings
+
+
 def fingerprint(weights: Weights) -> str:
     """Return a line on the model's form: how large it is, and a hash of names, shapes, types."""
     form = [(name, array.shape, array.dtype.str) for name, array in weights.items()]
@@ -65,8 +74,7 @@ def make_update(
         BadReply: another number, shape or type of arrays, a value that is not finite, or a
             `num_examples` that cannot be.
     """
-    if type(num_examples) is not int or not 0 < num_examples <= MAX_EXAMPLES:
-        raise BadReply(f"trained on {num_examples} examples")
+    check_examples(num_examples, "trained")
     delta: Weights = {}
     counters: Weights = {}
     squares = 0.0
@@ -95,6 +103,20 @@ def make_update(
     if count != len(model):
         raise BadReply(f"{count} arrays for a model that has {len(model)}")
     return Update(delta, num_examples, clean_metrics(metrics or {}), counters, math.sqrt(squares))
+
+
+def make_score(loss: float, num_examples: int, metrics: Mapping[str, Any]) -> Score:
+    """Return what a device reports of an evaluation; raise BadReply for what cannot be."""
+    check_examples(num_examples, "evaluated")
+    if type(loss) not in (int, float) or not math.isfinite(loss):
+        raise BadReply(f"its loss is {loss}")
+    return Score(float(loss), num_examples, clean_metrics(metrics))
+
+
+def check_examples(num_examples: int, what: str) -> None:
+    """Raise BadReply for a number of images that no board holds."""
+    if type(num_examples) is not int or not 0 < num_examples <= MAX_EXAMPLES:
+        raise BadReply(f"{what} on {num_examples} examples")
 
 
 def clean_metrics(metrics: Mapping[str, Any]) -> dict[str, Scalar]:

@@ -28,7 +28,7 @@ from federated.rounds import (
     Result,
     Resumed,
 )
-from federated.updates import Scalar, clean_metrics, make_update
+from federated.updates import Scalar, clean_metrics, make_score, make_update
 from plumbing.addresses import check_cid
 from plumbing.stream.wire import unpack_array, untrusted
 
@@ -97,7 +97,7 @@ class GridFleet(Fleet):
         record = self._records[job]
         content = RecordDict({"arrays": record, "config": ConfigRecord(dict(job.config))})
         request = Request(self._names[device.cid], job, time.monotonic(), record.count_bytes())
-        if not self._send(request, "train", content):
+        if not self._send(request, job.kind, content):
             self._inbox.append(Result(device, job, None, "the SuperLink took no message for it"))
 
     def _abandon(self, device: Device, job: Job, patience: float | None) -> None:
@@ -223,20 +223,23 @@ def read_result(device: Device, job: Job, request: Request, message: Message) ->
     try:
         with untrusted():
             metrics = _content(message)
+            num_examples: Any = metrics.pop("num-examples", None)
+            seconds, sent = time.monotonic() - request.sent, request.bytes_sent
+            if job.kind == "evaluate":
+                score = make_score(metrics.pop("loss", None), num_examples, metrics)
+                return Result(device, job, None, "", False, seconds, sent, 0, score)
             records = list(message.content.array_records.values())
             if len(records) != 1:
                 raise BadReply(f"its reply holds {len(records)} models")
             [record] = records
             if list(record) != list(job.model):
                 raise BadReply(f"{len(record)} arrays with other names than the model's")
-            num_examples: Any = metrics.pop("num-examples", None)
             arrays = (unpack_array(record[name].data) for name in job.model)
             update = make_update(arrays, job.model, num_examples, metrics)
             size = record.count_bytes()
     except BadReply as error:
         return Result(device, job, None, str(error), at_fault=True)
-    seconds = time.monotonic() - request.sent
-    return Result(device, job, update, "", False, seconds, request.bytes_sent, size)
+    return Result(device, job, update, "", False, seconds, sent, size)
 
 
 def _content(message: Message) -> dict[str, Any]:

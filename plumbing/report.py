@@ -11,6 +11,7 @@ from federated.rounds import (
     Clipped,
     Contribution,
     Device,
+    DeviceScores,
     Dropped,
     Joined,
     Left,
@@ -175,7 +176,19 @@ class Console:
             f"{step.seconds + step.seconds_evaluate:.1f} s",
             *(device_line(device, width) for device in devices[:MAX_LINES]),
             *(more if len(devices) > MAX_LINES else []),
+            *self._device_scores(step),
         ]
+
+    def _device_scores(self, step: Step) -> list[str]:
+        """Return a line with what the strategy makes of the devices' own test results."""
+        if not (found := step.device_scores):
+            return []
+        cells = [f"tested on devices {len(found.scores)}/{found.sampled}"]
+        loss, accuracy = (number(found.metrics, name) for name in ("loss", "accuracy"))
+        cells += [f"loss {loss:.3f}"] if math.isfinite(loss) else []
+        cells += [f"accuracy {100 * accuracy:.1f} %"] if 0 <= accuracy <= 1 else []
+        cells.append(f"{found.seconds:.1f} s")
+        return [f"round {step.server_round}/{self.rounds}  " + "  ".join(cells)]
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -226,6 +239,25 @@ def contribution_record(contribution: Contribution) -> dict[str, Any]:
     }
 
 
+def scores_record(found: DeviceScores) -> dict[str, Any]:
+    """Return what metrics.jsonl has of an evaluation by devices."""
+    devices = [
+        {
+            "name": device.name,
+            "num_examples": score.num_examples,
+            "loss": score.loss,
+            "metrics": dict(score.metrics),
+        }
+        for device, score in found.scores
+    ]
+    return {
+        "metrics": dict(found.metrics),
+        "sampled": found.sampled,
+        "devices": devices,
+        "seconds": found.seconds,
+    }
+
+
 def step_record(step: Step) -> dict[str, Any]:
     """Return a round's line in metrics.jsonl, without the test results."""
     return {
@@ -237,6 +269,7 @@ def step_record(step: Step) -> dict[str, Any]:
         "seconds": round(step.seconds + step.seconds_evaluate, 3),
         "seconds_evaluate": step.seconds_evaluate,
         "seconds_aggregate": step.seconds_aggregate,
+        "device_scores": scores_record(step.device_scores) if step.device_scores else None,
     }
 
 

@@ -6,7 +6,7 @@ import io
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -156,6 +156,12 @@ class Adder:
         trained = [np.asarray(p + self.step, p.dtype) for p in parameters]
         return trained, self.num_examples, {"proximal_mu": config.get("proximal_mu", -1.0)}
 
+    def evaluate(
+        self, parameters: list[np.ndarray], config: dict[str, Any]
+    ) -> tuple[float, int, dict[str, Any]]:
+        """Report the first weight as the loss."""
+        return float(parameters[0].flat[0]), self.num_examples, {"lr": config.get("lr", -1.0)}
+
     def serve(
         self,
         address: str,
@@ -197,10 +203,15 @@ class Recorder:
         return [device for _, device in sorted(self.fleet.devices.items())]
 
     def exchange(
-        self, model: Weights, job_id: str = "1", seconds: float = 20, **config: object
+        self,
+        model: Weights,
+        job_id: str = "1",
+        seconds: float = 20,
+        kind: Literal["train", "evaluate"] = "train",
+        **config: object,
     ) -> list[Result]:
         """Give all idle devices a job; return their results by the device's name."""
-        job = Job(job_id, 0, model, config)  # type: ignore[arg-type]
+        job = Job(job_id, 0, model, config, kind)  # type: ignore[arg-type]
         asked = self.fleet.idle()
         for device in asked:
             self.fleet.start(device, job)

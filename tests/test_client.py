@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,36 @@ def test_each_round_and_device_shuffles_in_its_own_way(device):
     assert not all((a == b).all() for a, b in zip(first, later, strict=True))
 
 
+def test_device_evaluates_its_part_of_the_test_images_that_all_have(device):
+    weights = device.get_parameters({})
+    whole, count, _ = device.evaluate(weights, config(partition="none"))
+    assert count == 80
+    losses = []
+    for cid in ("0", "1"):
+        tester = client.Client(cid, TorchTrainer(cid, "Net", DATA, "cpu"))
+        loss, count, metrics = tester.evaluate(weights, config())
+        assert (count, metrics["images"]) == (40, "test")
+        losses.append(loss)
+    assert np.mean(losses) == pytest.approx(whole, rel=1e-5)
+    assert losses[0] != losses[1]
+
+
+def test_device_evaluates_on_all_its_own_test_images(own_images):
+    tester = client.Client("kitchen", TorchTrainer("kitchen", "Net", str(own_images), "cpu"))
+    _, count, metrics = tester.evaluate(tester.get_parameters({}), {"partition": "auto"})
+    assert (count, metrics["images"]) == (20, "test")
+
+
+def test_device_without_test_images_evaluates_on_its_training_images_and_reports_that(
+    own_images, capsys
+):
+    shutil.rmtree(own_images / "test")
+    tester = client.Client("kitchen", TorchTrainer("kitchen", "Net", str(own_images), "cpu"))
+    _, count, metrics = tester.evaluate(tester.get_parameters({}), {"partition": "auto"})
+    assert (count, metrics["images"]) == (100, "training")
+    assert "Client kitchen: evaluates on its training images" in capsys.readouterr().out
+
+
 def test_flower_is_imported_with_its_telemetry_off():
     code = (
         "import sys\n"
@@ -242,7 +273,7 @@ class Mean:
         report(1, 2, 0.5, 10.0)
         return {"mean": weights["mean"] + settings.lr * 4}, 3, {"loss": 0.5}
 
-    def evaluate(self, weights):
+    def evaluate(self, weights, settings):
         return float(weights["mean"][0]), 3, {}
 
 

@@ -19,7 +19,7 @@ from tests.conftest import ROOT, free_port
 def test_walk_through_to_a_saved_model_that_starts_the_next_run(
     start_server, start_client, tmp_path
 ):
-    server, address = start_server(rounds="2", epochs="2")
+    server, address = start_server(rounds="2", epochs="2", sample_fraction_evaluate="1")
     clients = [start_client(address, cid) for cid in (0, 1)]
 
     assert server.finish() == 0
@@ -28,6 +28,7 @@ def test_walk_through_to_a_saved_model_that_starts_the_next_run(
     for cid, client in enumerate(clients):
         assert f"Client {cid}: connected to {address}" in client.lines
         assert client.lines.count(f"Client {cid}: fit") == 2
+        assert client.lines.count(f"Client {cid}: evaluate") == 2
         assert client.lines.count("Training 2 epoch(s) w/ 6 batches each") == 2  # 200 // 32
         assert sum(line.startswith("Epoch took: ") for line in client.lines) == 4
     assert "device 0 joined: " in server.output
@@ -54,6 +55,13 @@ def test_walk_through_to_a_saved_model_that_starts_the_next_run(
         assert datetime.fromisoformat(metrics["time"]).utcoffset() == timedelta(0)
         for name in ("bytes_sent", "bytes_received"):
             assert metrics[name] == sum(device[name] for device in metrics["devices"]) > 2 * 248_024
+    scores = rounds[1]["device_scores"]
+    assert scores["sampled"] == 2
+    assert [score["num_examples"] for score in scores["devices"]] == [40, 40]  # of 80
+    # Both parts together are the server's test images.
+    for name in ("loss", "accuracy"):
+        assert scores["metrics"][name] == pytest.approx(rounds[1][name], abs=1e-3)
+    assert "round 2/2  tested on devices 2/2  loss " in server.output
     device = rounds[1]["devices"][0]
     reported = device["metrics"]
     assert device["num_examples"] == 192
@@ -70,6 +78,8 @@ def test_walk_through_to_a_saved_model_that_starts_the_next_run(
     fields = {
         *config,
         *rounds[1],
+        *scores,
+        *scores["devices"][0],
         *device,
         *reported,
         *notes,

@@ -216,7 +216,7 @@ class _Worker:
         self.round_id = ""  # of the round that the rest belongs to
         self.offer = b""
         self.weights: list[np.ndarray] = []
-        self.pieces: list[np.ndarray] = []  # of the weights in a fit that is still coming in
+        self.pieces: list[np.ndarray] = []  # of the weights in a request that is still coming in
         self.problem = ""  # with the last reply, to be reported with the next one
         self.misfit = ""  # why this device cannot work with the server that it is connected to
         self.traffic = {"total_bytes_received": 0, "total_bytes_sent": 0}
@@ -254,9 +254,8 @@ class _Worker:
         try:
             if request.kind == "fit":
                 return self._fit(request, round_id)
-            return wire.encode_evaluate_reply(
-                *self.client.evaluate(list(request.weights), request.config)
-            )
+            sent, self.pieces = [*self.pieces, *request.weights], []
+            return wire.encode_evaluate_reply(*self.client.evaluate(sent, request.config))
         except Exception as error:  # the user's own code may raise anything
             if not isinstance(error, FederationError):
                 traceback.print_exc()

@@ -38,7 +38,7 @@ from federated.rounds import (
     Result,
     Resumed,
 )
-from federated.updates import Scalar, clean_metrics, make_update
+from federated.updates import Scalar, Update, clean_metrics, make_score, make_update
 from plumbing import descriptors
 from plumbing.addresses import check_cid, join_address, listening_addresses, reachable_address
 from plumbing.publish import CARD
@@ -121,7 +121,7 @@ class StreamFleet(Fleet):
         self.closing = False
         self._events: queue.SimpleQueue[Event | Reply | Session] = queue.SimpleQueue()
         self._end_turn: Callable[[], None] | None = None  # of the Result that was returned last
-        self._requests: weakref.WeakKeyDictionary[Job, wire.FitRequest] = (
+        self._requests: weakref.WeakKeyDictionary[Job, wire.WeightsRequest] = (
             weakref.WeakKeyDictionary()
         )
         # All that follows belongs to the event loop's thread.
@@ -162,8 +162,13 @@ class StreamFleet(Fleet):
 
     def _start(self, device: Device, job: Job) -> None:
         if job not in self._requests:
-            config = {**job.config, wire.ROUND_ID: job.id}
-            self._requests[job] = wire.FitRequest(list(job.model.values()), config)
+            weights = list(job.model.values())
+            if job.kind == "train":
+                config = {**job.config, wire.ROUND_ID: job.id}
+                self._requests[job] = wire.WeightsRequest(weights, config)
+            else:
+                encode = wire.encode_evaluate
+                self._requests[job] = wire.WeightsRequest(weights, job.config, encode)
         self._loop.call_soon_threadsafe(self._give, Work(device, job, self._requests[job]))
 
     def _abandon(self, device: Device, job: Job, patience: float | None) -> None:
@@ -599,12 +604,13 @@ def read_reply(reply: Reply) -> Result:
     assert job  # else it would not have been passed on
     if reply.data is None:
         return Result(device, job, None, reply.problem)
+    update = score = None
     try:
         with wire.untrusted():
-            arrays, num_examples, metrics = wire.decode_fit_reply(reply.data)
-            metrics.pop(wire.ROUND_ID, None)
-            received = itertools.chain(arrays, wire.join_chunks(_taken_from(reply.chunks)))
-            update = make_update(received, job.model, num_examples, metrics)
+            if job.kind == "evaluate":
+                score = make_score(*wire.decode_evaluate_reply(reply.data))
+            else:
+                update = _read_update(reply, job)
     except BadReply as error:
         return Result(device, job, None, str(error), at_fault=True)
     return Result(
@@ -616,7 +622,16 @@ def read_reply(reply: Reply) -> Result:
         bytes_received=reply.bytes_received,
         seconds_sending=reply.seconds_sending,
         seconds_receiving=reply.seconds_receiving,
+        score=score,
     )
+
+
+def _read_update(reply: Reply, job: Job) -> Update:
+    assert reply.data is not None
+    arrays, num_examples, metrics = wire.decode_fit_reply(reply.data)
+    metrics.pop(wire.ROUND_ID, None)
+    received = itertools.chain(arrays, wire.join_chunks(_taken_from(reply.chunks)))
+    return make_update(received, job.model, num_examples, metrics)
 
 
 @wire.untrusted()

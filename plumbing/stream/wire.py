@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -47,7 +47,7 @@ ROUND_ID = "round_id"
 # message up to three times (its buffers, what it joins, what it hands over), at either end.
 PIECE_BYTES = 4 << 20  # or one array
 PIECES = "pieces"  # among its properties: this device takes a fit in pieces
-MORE = "more"  # in a fit's config: another piece follows, do not answer yet
+MORE = "more"  # in the config of a fit or an evaluation: another piece follows, do not answer yet
 
 # A device's update comes in chunks, so that the server sees whether there is progress: some
 # arrays, or a range of the bytes that a large one's .npy form has. These are in the config of
@@ -194,27 +194,40 @@ def encode_fit(weights: Weights, config: Mapping[str, Any]) -> bytes:
     return _with_tensors(ServerMessage, "fit_ins", instruction, map(_npy_parts, weights))
 
 
-class FitRequest:
-    """What `encode_fit` makes, for as many devices as wanted: whole, or in pieces."""
+def encode_evaluate(weights: Weights, config: Mapping[str, Any]) -> bytes:
+    """Ask a device to evaluate `weights` with the settings `config`."""
+    instruction = ServerMessage.EvaluateIns()
+    _fill_scalars(instruction.config, config)
+    return _with_tensors(ServerMessage, "evaluate_ins", instruction, map(_npy_parts, weights))
 
-    def __init__(self, weights: Weights, config: Mapping[str, Any]) -> None:
+
+class WeightsRequest:
+    """What `encode` makes of weights, for as many devices as wanted: whole, or in pieces."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        config: Mapping[str, Any],
+        encode: Callable[[Weights, Mapping[str, Any]], bytes] = encode_fit,
+    ) -> None:
         self.weights = weights
         self.config = config
+        self.encode = encode
         sizes = [sum(map(len, _npy_parts(array))) for array in weights]
         self.slices = _pieces(sizes)  # of the weights; what each piece has
         self.chunks = _chunks(sizes)  # in which an update comes back
 
     @cached_property
     def whole(self) -> bytes:
-        return encode_fit(self.weights, self.config)
+        return self.encode(self.weights, self.config)
 
     def pieces(self) -> Iterator[bytes]:
         if len(self.slices) == 1:
             yield self.whole
             return
         for piece in self.slices[:-1]:
-            yield encode_fit(self.weights[piece], {MORE: True})
-        yield encode_fit(self.weights[self.slices[-1]], self.config)
+            yield self.encode(self.weights[piece], {MORE: True})
+        yield self.encode(self.weights[self.slices[-1]], self.config)
 
 
 def _pieces(sizes: Iterable[int]) -> list[slice]:
@@ -429,6 +442,20 @@ def decode_fit_reply(data: bytes) -> tuple[list[np.ndarray], int, Scalars]:
         raise BadReply(f"could not train: {reply.status.message or f'status {reply.status.code}'}")
     weights = [unpack_array(tensor) for tensor in tensors]
     return weights, reply.num_examples, _scalars(reply.metrics)
+
+
+@untrusted()
+def decode_evaluate_reply(data: bytes) -> tuple[float, int, Scalars]:
+    """Return (loss, num_examples, metrics) of a reply to `encode_evaluate`.
+
+    Raises:
+        BadReply: the bytes are another message, or none; or the device could not evaluate.
+    """
+    reply, _ = _open_reply(data, "evaluate_res")
+    if reply.status.code != Code.OK:
+        problem = reply.status.message or f"status {reply.status.code}"
+        raise BadReply(f"could not evaluate: {problem}")
+    return reply.loss, reply.num_examples, _scalars(reply.metrics)
 
 
 @untrusted()

@@ -459,7 +459,7 @@ class Handed(MemoryFleet):
 
     def give(self, device, job, answer):
         data, pieces = answer
-        work = Work(device, job, wire.FitRequest([*job.model.values()], {}))
+        work = Work(device, job, wire.WeightsRequest([*job.model.values()], {}))
         whole = wire.Chunk(0, len(job.model), 0)  # what was asked for
         chunks = [(whole, piece) for piece in pieces]
         self.events.append(read_reply(Reply(work, data, chunks=chunks)))

@@ -15,7 +15,7 @@ from cryptography import x509
 
 from federated.errors import BadReply, FederationError
 from federated.rounds import Device, Job, Result
-from federated.updates import MAX_EXAMPLES, Update, clean_metrics, make_update
+from federated.updates import MAX_EXAMPLES, Update, clean_metrics, make_score, make_update
 from plumbing.addresses import check_cid
 from plumbing.security import keys
 from plumbing.security.gate import read_certificate, read_enrolment
@@ -95,11 +95,7 @@ def read(data: bytes, pieces: list[bytes]) -> Update:
     `read_reply` makes a BadReply of whatever is raised in it. That nothing else is raised is
     seen in a second reading, without it.
     """
-    job = Job("1", 0, MODEL, {})
-    work = Work(Device("0"), job, wire.FitRequest(list(MODEL.values()), {}))
-    whole = wire.Chunk(0, len(MODEL), 0)  # what was asked for
-    result = read_reply(Reply(work, data, chunks=[(whole, piece) for piece in pieces]))
-    assert isinstance(result, Result) and result.job is job
+    result = result_of(Job("1", 0, MODEL, {}), data, pieces)
     if result.update is None:
         assert result.at_fault and result.problem
         assert result.problem.isprintable() and len(result.problem) < 1000
@@ -111,6 +107,27 @@ def read(data: bytes, pieces: list[bytes]) -> Update:
     assert not result.problem and not result.at_fault
     json.dumps(dict(result.update.metrics), allow_nan=False)
     return result.update
+
+
+def result_of(job: Job, data: bytes, pieces: list[bytes]) -> Result:
+    work = Work(Device("0"), job, wire.WeightsRequest(list(MODEL.values()), {}))
+    whole = wire.Chunk(0, len(MODEL), 0)  # what was asked for
+    result = read_reply(Reply(work, data, chunks=[(whole, piece) for piece in pieces]))
+    assert isinstance(result, Result) and result.job is job
+    return result
+
+
+def evaluation(data: bytes) -> None:
+    """An evaluate reply."""
+    result = result_of(Job("1", 1, MODEL, {}, "evaluate"), data, [])
+    if result.score is None:
+        assert result.at_fault and result.problem.isprintable() and len(result.problem) < 1000
+        make_score(*wire.decode_evaluate_reply(data))
+        raise AssertionError(f"a good score was refused: {result.problem}")
+    reply = ClientMessage.FromString(data).evaluate_res
+    assert math.isfinite(result.score.loss) and result.score.loss == reply.loss
+    assert 0 < result.score.num_examples == reply.num_examples <= MAX_EXAMPLES
+    json.dumps(dict(result.score.metrics), allow_nan=False)
 
 
 def anything(data: bytes) -> None:
@@ -189,6 +206,7 @@ TARGETS: dict[bytes, Callable[[bytes], None]] = {
     b"r": progress,
     b"f": fit,
     b"p": pieces,
+    b"v": evaluation,
     b"e": anything,
     b"a": array,
     b"m": metrics,

@@ -87,6 +87,66 @@ def test_a_fleets_settings_reach_the_device_with_their_types(open_fleet, join):
     assert {name: type(seen[name]) for name in config} == {n: type(v) for n, v in config.items()}
 
 
+@pytest.mark.parametrize("numbers", [1, 3_000_000])  # the larger model comes in pieces
+def test_devices_evaluate_weights_and_report_their_loss(open_fleet, join, numbers):
+    recorder = Recorder(fleet := open_fleet())
+    threads = [join(Adder(str(cid), num_examples=10 + cid), fleet) for cid in range(2)]
+    recorder.wait_for(2)
+    model = {"w": np.full(numbers, 1.5, np.float32), "b": np.ones(numbers, np.float32)}
+    for cid, result in enumerate(recorder.exchange(model, kind="evaluate", lr=0.25)):
+        assert (result.problem, result.update) == ("", None)
+        assert (result.score.loss, result.score.num_examples) == (1.5, 10 + cid)
+        assert result.score.metrics == {"lr": 0.25}
+        assert result.bytes_sent > 8 * numbers
+    assert all(result.update for result in recorder.exchange(model, "2"))  # the same devices
+    fleet.close(run_is_over=True)
+    for thread in threads:
+        thread.join(5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "num_examples", "problem"),
+    [
+        (float("nan"), 10, "its loss is nan"),
+        (1.0, 0, "evaluated on 0 examples"),
+        (1.0, -5, "evaluated on -5 examples"),
+        (ValueError("no images"), 10, "could not evaluate: ValueError('no images')"),
+        (FederationError("no images"), 10, "could not evaluate: no images"),
+    ],
+)
+def test_score_that_cannot_be_is_the_devices_bad_reply(
+    open_fleet, join, loss, num_examples, problem
+):
+    class Odd(Adder):
+        def evaluate(self, parameters, config):
+            if isinstance(loss, Exception):
+                raise loss
+            return loss, num_examples, {}
+
+    recorder = Recorder(fleet := open_fleet())
+    join(Odd("0"), fleet)
+    recorder.wait_for(1)
+    (result,) = recorder.exchange(small_model(), kind="evaluate")
+    assert (result.score, result.problem, result.at_fault) == (None, problem, True)
+    (result,) = recorder.exchange(small_model(), "2")
+    assert result.update
+
+
+def test_update_where_a_score_is_asked_for_is_a_bad_reply(open_fleet):
+    fleet = open_fleet()
+    recorder = Recorder(fleet)
+    replies: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    replies.put(wire.encode_properties_reply(greeting("0")))
+    with grpc.insecure_channel(fleet.address) as channel:
+        stream = channel.stream_stream(transport.JOIN)(iter(replies.get, None))
+        recorder.wait_for(1)
+        replies.put(wire.encode_fit_reply([], 10, {wire.ROUND_ID: "1"}))  # as if it had trained
+        (result,) = recorder.exchange(small_model(), kind="evaluate")
+        stream.cancel()
+    assert result.problem == "a message of type fit_res, not evaluate_res"
+    assert result.at_fault
+
+
 def test_all_devices_train_at_the_same_time(open_fleet, join):
     together = threading.Barrier(20)
 

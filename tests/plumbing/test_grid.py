@@ -144,6 +144,55 @@ def test_stock_app_that_counts_in_a_metric_record_is_understood(grid):
     assert result.update.num_examples == 4
 
 
+def evaluated(message: Message, **metrics: Any) -> RecordDict:
+    """Answer as a node whose loss is the first weight."""
+    assert message.metadata.message_type == "evaluate"
+    loss = float(message.content.array_records["arrays"]["w"].numpy().flat[0])
+    return RecordDict({"metrics": MetricRecord({"loss": loss, "num-examples": 4, **metrics})})
+
+
+def test_node_evaluates_weights_and_reports_its_loss(grid):
+    grid.add(1, lambda message: evaluated(message, accuracy=0.5))
+    recorder = open_recorder(grid)
+    recorder.wait_for(1)
+    [result] = recorder.exchange(small_model(), kind="evaluate")
+    assert (result.score.loss, result.score.num_examples) == (1.0, 4)
+    assert result.score.metrics == {"accuracy": 0.5}
+    assert (result.problem, result.update) == ("", None)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "problem"),
+    [
+        ({"loss": float("inf")}, "its loss is inf"),
+        ({"num-examples": 0}, "evaluated on 0 examples"),
+        ({"num-examples": 1.5}, "evaluated on 1.5 examples"),
+    ],
+)
+def test_bad_score_is_the_nodes_fault(grid, metrics, problem):
+    grid.add(1, lambda message: evaluated(message, **metrics))
+    recorder = open_recorder(grid)
+    recorder.wait_for(1)
+    [result] = recorder.exchange(small_model(), kind="evaluate")
+    assert (result.score, result.problem, result.at_fault) == (None, problem, True)
+
+
+def test_rounds_over_a_grid_end_with_an_evaluation_by_nodes(grid):
+    def answer(message: Message) -> RecordDict:
+        evaluates = message.metadata.message_type == "evaluate"
+        return evaluated(message, accuracy=0.5) if evaluates else trained(message)
+
+    for node in (1, 2):
+        grid.add(node, answer)
+    fleet = GridFleet(grid, {}, lambda properties: None)
+    plan = Plan(2, lambda n: {"lr": 0.1}, lambda weights: {"loss": 1.0}, min_num_clients=2)
+    strategy = make_strategy("FedAvg", 1.0, 2, sample_fraction_evaluate=1.0)
+    steps = list(synchronous(fleet, strategy, small_model(), plan))
+    assert [step.device_scores.metrics for step in steps] == [
+        {"loss": 2.0, "accuracy": 0.5}, {"loss": 3.0, "accuracy": 0.5},
+    ]  # fmt: skip
+
+
 def without_an_array(message: Message) -> RecordDict:
     content = trained(message)
     del content.array_records["arrays"]["b"]

@@ -414,7 +414,7 @@ def test_update_in_chunks_is_joined_to_the_same_arrays(seed):
     rng = np.random.default_rng(seed)
     sizes = rng.choice([0, 1, 10, 20_000, 300_000, 700_000], rng.integers(1, 9))
     arrays = [rng.random(size).astype("f4") for size in sizes]
-    request = wire.FitRequest(arrays, {})
+    request = wire.WeightsRequest(arrays, {})
     replies = []
     for chunk in request.chunks:
         take = None if chunk.skip is None else chunk.size
