@@ -189,7 +189,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__, others=SERVER_FLAGS)
     parser.flag("server_address", "where server.py runs", metavar="HOST:PORT")
     parser.flag("cid", "this device's name; 0, 1, … where a data set is partitioned")
-    parser.flag("model", "a name in utils.MODELS, the server's", "Net", metavar="NAME")
+    parser.flag(
+        "model",
+        "a name in utils.MODELS, or your own mine:Mine; the server's",
+        "Net",
+        metavar="NAME",
+    )
     parser.flag(
         "data_dir", "CIFAR-10, or train/<class>/*; or synthetic (default: data/)", metavar="DIR"
     )

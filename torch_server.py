@@ -37,7 +37,7 @@ from plumbing.runs import RunDirectory, new_run_name, provenance
 from plumbing.tensorboard import TensorBoard
 from plumbing.threads import Threads
 from torch_heads import FROZEN, HeadTest, Publisher, ServiceTrainer, make_card, own_photos
-from torch_trainer import TorchTrainer, has_head
+from torch_trainer import TorchTrainer, code_of, find_model, has_head, source_hash
 
 ROOT = Path(__file__).resolve().parent
 MAX_OWN_WEIGHT = 1000.0
@@ -53,7 +53,9 @@ class Task:
     def __init__(
         self, settings: RunSettings, data_dir: str | None, threads: Threads | None = None
     ) -> None:
+        find_model(settings.model)
         self.model = settings.model
+        self.source = source_hash(settings.model)
         self.data_dir = data_dir or ROOT / "data"
         self.testset: utils.ImageSet | HeadTest
         self.validation_set: utils.ImageSet | None = None
@@ -253,6 +255,7 @@ def open_run(
         "torch": torch.__version__,
         "flwr": flwr.__version__,
         **provenance(ROOT),
+        "source_sha256": task.source,
     }
     path = Path(args.run_dir).expanduser() if args.run_dir else default
     return RunDirectory(path, config, finished_round, take_free_name=not args.run_dir)
@@ -301,7 +304,7 @@ def run(
         publisher = open_publisher(task, settings, directory, fleet)
         gate = HeadTest(args.gate_data) if publisher and args.gate_data else None
         console = Console(
-            fleet.address, settings.rounds, task.testset.source, directory.config["utils_sha256"]
+            fleet.address, settings.rounds, task.testset.source, task.source, code_of(task.model)
         )
         observers: Sequence[Observer] = (
             console,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import inspect
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 import utils
+from federated.classes import load_class
 from federated.errors import FederationError
 from federated.partitions import partition
 from federated.settings import Settings, parse_partition
@@ -48,7 +50,6 @@ class TorchTrainer:
     """
 
     lr = utils.LR
-    source = hashlib.sha256(Path(utils.__file__).read_bytes()).hexdigest()
 
     def __init__(
         self,
@@ -66,6 +67,8 @@ class TorchTrainer:
         self.data_dir = data_dir
         self.device = device
         self.load_data = load_data
+        find_model(model)
+        self.source = source_hash(model)
         # No image at first of data that every device has: this one's part comes with the settings.
         self.labels = np.empty(0, np.int64)  # of all images
         self.data = self._load(self._only_labels, download)
@@ -276,6 +279,42 @@ class TorchTrainer:
                 file=sys.stderr,
             )
         self.checked_batch_size = batch_size
+
+
+def find_model(name: str) -> None:
+    """Import a user's own model, "mine:Mine": Mine in mine.py where we run.
+
+    Raises:
+        FederationError: there is none, or it is no model.
+    """
+    if ":" not in name:
+        return
+    module, _, class_name = name.partition(":")
+    found = load_class("--model", module, class_name)
+    is_other = isinstance(found, type) and not issubclass(found, torch.nn.Module)
+    if is_other or not callable(found):
+        raise FederationError(f"--model {name}: {class_name} is no subclass of torch.nn.Module")
+    try:
+        inspect.signature(found).bind(10)
+    except TypeError as error:
+        raise FederationError(
+            f"--model {name}: {class_name}(num_classes) cannot be made ({error}); give its "
+            "__init__ the number of classes as its only argument"
+        ) from None
+
+
+def code_of(model: str) -> str:
+    """Return the files of the code that trains, in words."""
+    return f"utils.py or {model.partition(':')[0]}.py" if ":" in model else "utils.py"
+
+
+def source_hash(model: str) -> str:
+    """Return the SHA-256 of the code that trains: utils.py, and a user's own model's file."""
+    digest = hashlib.sha256(Path(utils.__file__).read_bytes())
+    if ":" in model:
+        module = sys.modules[model.partition(":")[0]]
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()
 
 
 def load_decoded(

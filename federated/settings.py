@@ -63,7 +63,9 @@ class RunSettings:
     """What the server decides for a run."""
 
     rounds: int = setting(3, "rounds of training", low=1)
-    model: str = setting("Net", "a name in utils.MODELS, the same on every device", unit="NAME")
+    model: str = setting(
+        "Net", "a name in utils.MODELS, or your own mine:Mine; on every device", unit="NAME"
+    )
     strategy: str = setting(
         "FedAvg",
         "how updates are combined; settings follow a colon: FedProx:proximal_mu=0.1",

@@ -10,16 +10,13 @@ Nothing else that a run over the stream needs imports flwr.
 
 import copy
 import hashlib
-import importlib
 import inspect
 import logging
 import math
 import random
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import flwr.serverapp.strategy
@@ -29,6 +26,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
+from federated.classes import load_class
 from federated.errors import FederationError
 from federated.rounds import Device, Job, NoModel
 from federated.settings import STRATEGIES, check_strategy, underscored
@@ -618,12 +616,7 @@ def _find(choice: str) -> tuple[type[FlowerStrategy], str, str]:
         return getattr(flwr.serverapp.strategy, name), name, text
     check_strategy(choice)
     module, class_name = name, text.partition(":")[0]
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        cls = getattr(importlib.import_module(module), class_name)
-    except (ImportError, AttributeError) as error:
-        raise FederationError(f"--strategy {choice}: {error}") from None
+    cls = load_class("--strategy", module, class_name)
     if not (isinstance(cls, type) and issubclass(cls, FlowerStrategy)):
         raise FederationError(
             f"--strategy {choice}: {class_name} is no subclass of flwr.serverapp.strategy.Strategy"

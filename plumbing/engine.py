@@ -130,12 +130,15 @@ class Processes:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.bin = Path(sys.executable).parent
+        paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         self.environment = {
             **os.environ,
             **cli.ENVIRONMENT,
             "FLWR_HOME": str(home),
             "PATH": f"{self.bin}{os.pathsep}{os.environ.get('PATH', '')}",
             "PYTHONUNBUFFERED": "1",
+            # For a strategy or a model of the user's own: mine:Mine in the working directory.
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), *paths])),
             "RAY_USAGE_STATS_ENABLED": "0",
             # Ray's 15 starves simulated nodes where the machine has other work.
             "RAY_worker_niceness": "0",

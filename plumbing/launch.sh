@@ -30,7 +30,8 @@ Builds the client's image if needed and runs client.py in it. Ctrl-C ends it.
   --detach                   in the background, and again after a reboot or a crash
   --server_address HOST:PORT where server.py runs
   --cid CID                  this device's name; 0, 1, … where the data set is partitioned
-  --model MODEL              a name from utils.MODELS, the server's (default: Net)
+  --model MODEL              the server's: a name from utils.MODELS (default: Net), or mine:Mine for
+                             your own class in mine.py in this directory, mounted read-only
   --data_dir DIR             this device's images, CIFAR-10 or train/<class>/*, mounted
                              read-only; or synthetic (default: CIFAR-10 in \$DATA_VOLUME,
                              downloaded once)
@@ -354,6 +355,7 @@ join_server() {
 }
 
 run_client() {
+  local own
   set_options
   [[ -z $joins ]] || join_server || exit
   [[ -z $join_only ]] || exit 0
@@ -361,6 +363,10 @@ run_client() {
     mount_read_only "$data_dir" "$data_dir"
   else
     mount_data_volume
+  fi
+  if [[ $model == *:* ]]; then # into the client's working directory
+    own=$(model_file "$model")
+    mount_read_only "$(realpath -- "$own")" "/app/$own"
   fi
   run_container
 }

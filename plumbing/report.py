@@ -37,13 +37,20 @@ class Console:
         address: where devices reach the server.
         rounds: of the run.
         tested_on: kind of the test images; synthetic ones are named in every result.
-        source: the SHA-256 of the server's utils.py; devices with another one are named.
+        source: the SHA-256 of the server's code that trains; devices with another are named.
+        code: in which files that is.
     """
 
     def __init__(
-        self, address: str, rounds: int, tested_on: str, source: str | None = None
+        self,
+        address: str,
+        rounds: int,
+        tested_on: str,
+        source: str | None = None,
+        code: str = "utils.py",
     ) -> None:
         self.source = source
+        self.code = code
         self.address = address
         self.rounds = rounds
         self.where = f" ({tested_on})" if tested_on == SYNTHETIC else ""
@@ -144,8 +151,9 @@ class Console:
         if theirs == self.source or not (theirs and self.source):
             return []
         return [
-            f"warning: {device.name} trains with another utils.py (sha256:{str(theirs)[:12]}) than "
-            f"this server's (sha256:{self.source[:12]}); give both the same, unless that is meant"
+            f"warning: {device.name} trains with another {self.code} "
+            f"(sha256:{str(theirs)[:12]}) than this server's (sha256:{self.source[:12]}); "
+            "give both the same, unless that is meant"
         ]
 
     def _waiting(self, waiting: Waiting) -> str:

@@ -563,7 +563,7 @@ def _git_state(root: Path) -> tuple[str | None, bool | None]:
 
 def new_run_name(model: str) -> str:
     """Return what the directory of a new run is called by default."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{model}"
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{model.replace(':', '-')}"
 
 
 def newest_run(runs: Path) -> Path:

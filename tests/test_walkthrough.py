@@ -269,7 +269,7 @@ class Net(utils.Net):
         super().__init__(num_classes)
         {change}
 utils.MODELS["Net"] = Net
-torch_trainer.TorchTrainer.source = "c0ffee" * 10 + "beef"
+torch_trainer.source_hash = lambda model: "c0ffee" * 10 + "beef"
 client.main()
 """
 

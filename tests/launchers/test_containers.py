@@ -68,6 +68,28 @@ def test_ctrl_c_reaches_docker_itself(device):
     process.communicate()
 
 
+@pytest.mark.parametrize(
+    ("module", "file"), [("mine", "mine.py"), ("models.mine", "models/mine.py")]
+)
+def test_file_of_an_own_model_is_mounted_where_the_client_runs(device, module, file):
+    path = device.home / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("class Mine: ...\n")
+    arguments = [*ARGUMENTS[:2], f"--model={module}:Mine"]
+    run = device.pi(*arguments)
+    assert run.command == [
+        "run", *container(), *VOLUME,
+        "--mount", f'type=bind,"source={path}","target=/app/{file}",readonly',
+        "--rm", "flower-embedded:cpu", *arguments,
+    ]  # fmt: skip
+
+
+def test_own_model_whose_file_is_not_here_ends_it(device):
+    run = device.pi(*ARGUMENTS[:2], "--model=mine:Mine")
+    problem = f"run_pi.sh: --model mine:Mine: there is no mine.py in '{device.home}'\n"
+    assert_refused(run, problem, calls=False)
+
+
 @pytest.mark.parametrize("detach", [False, True])
 def test_terminal_is_passed_on_in_the_foreground_only(device, detach):
     outer, inner = pty.openpty()
