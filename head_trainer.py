@@ -178,7 +178,9 @@ class HeadTrainer:
         }
         return trained, len(labels), metrics
 
-    def evaluate(self, weights: Mapping[str, np.ndarray]) -> tuple[float, int, dict[str, Any]]:
+    def evaluate(
+        self, weights: Mapping[str, np.ndarray], settings: Settings | None = None
+    ) -> tuple[float, int, dict[str, Any]]:
         """Return the loss of `weights` on this device's photographs, how many, and metrics."""
         x, labels = self.cache.features(self.scan())
         if not len(labels):
