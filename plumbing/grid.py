@@ -227,7 +227,7 @@ def read_result(device: Device, job: Job, request: Request, message: Message) ->
             seconds, sent = time.monotonic() - request.sent, request.bytes_sent
             if job.kind == "evaluate":
                 score = make_score(metrics.pop("loss", None), num_examples, metrics)
-                return Result(device, job, None, "", False, seconds, sent, 0, score)
+                return Result(device, job, None, seconds=seconds, bytes_sent=sent, score=score)
             records = list(message.content.array_records.values())
             if len(records) != 1:
                 raise BadReply(f"its reply holds {len(records)} models")

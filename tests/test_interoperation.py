@@ -6,7 +6,6 @@ these tests are skipped, with the reason.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import safetensors.torch
 
 import utils
-from tests.conftest import ROOT, free_port
+from tests.conftest import LONG, ROOT, free_port
 
 BEFORE = "1.41.0"
 OLD = ["1.0.0", "1.4.0", "1.8.0", "1.13.1", "1.30.0"]
@@ -127,7 +126,7 @@ def test_strategies_grid_and_messages_are_those_of_the_release_before() -> None:
     assert " passed" in done.stdout and "failed" not in done.stdout
 
 
-@pytest.mark.skipif(os.environ.get("LONG") != "1", reason="installs an old flwr; LONG=1 runs it")
+@pytest.mark.skipif(not LONG, reason="installs an old flwr; LONG=1 runs it")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("version", OLD)
 def test_stock_client_of_an_old_release_trains_and_evaluates(
