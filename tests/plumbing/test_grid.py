@@ -11,7 +11,7 @@ from federated.strategies import make_strategy
 from plumbing import grid as module
 from plumbing.grid import GridFleet
 from tests.devices import Recorder, small_model
-from tests.nodes import Info, MemoryGrid, trained
+from tests.nodes import Info, MemoryGrid, properties, trained
 
 
 @pytest.fixture
