@@ -34,6 +34,7 @@ WEIGHTS, ACTIVATIONS, REST = 6, 1.3, 20e6  # see `training_bytes`
 
 def has_head(model: str) -> bool:
     """Return whether of a model only a head on frozen features learns."""
+    find_model(model)
     net = utils.build_model(model)
     return hasattr(net, "features") and all(n.startswith("head.") for n in utils.learned(net))
 
