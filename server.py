@@ -8,7 +8,7 @@ on the test set after each, and leaves the model in runs/. For the owner of a se
 
     python server.py devices            # who is admitted; --help: admit, token, revoke, prune
 
-And for whoever wants to see past runs in the browser, or the model as an ONNX file:
+To see past runs in the browser, and to write the model as an ONNX file:
 
     python server.py page
     python server.py export runs/…
@@ -131,7 +131,7 @@ def print_who_may_join(fleet: StreamFleet) -> None:
     )
     if fleet.stock_address:
         print(
-            f"whoever reaches {fleet.stock_address} can join too: stock Flower clients, with "
+            f"all that reach {fleet.stock_address} can join too: stock Flower clients, with "
             f"root_certificates from {admissions.path.with_name('authority.crt')}"
         )
 

@@ -261,6 +261,17 @@ def open_run(
     return RunDirectory(path, config, finished_round, take_free_name=not args.run_dir)
 
 
+def open_strategy(settings: RunSettings) -> Strategy:
+    """Return Flower's strategy, or the user's own, with the settings of this run."""
+    return make_strategy(
+        settings.strategy,
+        settings.sample_fraction,
+        settings.sample_size,
+        settings.lr,
+        settings.sample_fraction_evaluate,
+    )
+
+
 def run(
     settings: RunSettings,
     args: argparse.Namespace,
@@ -274,18 +285,12 @@ def run(
 
     Args:
         args: data_dir, run_dir, init_weights, resume, run_id; all of it is noted in config.json.
-        open_fleet: returns the devices for a model of so many bytes.
+        open_fleet: takes the model's bytes, returns the devices.
         last_call: what to do about devices when no round is left to do.
         open_observers: returns observers beside those that are always there.
         program, resume_command: printed, with the directory's name, when it is interrupted.
     """
-    strategy = make_strategy(
-        settings.strategy,
-        settings.sample_fraction,
-        settings.sample_size,
-        settings.lr,
-        settings.sample_fraction_evaluate,
-    )
+    strategy = open_strategy(settings)
     task = Task(settings, args.data_dir, Threads(args.threads))
     bounds = Bounds(settings.max_update_norm, settings.max_weight_ratio)
     weights, finished_round = open_start(settings, args, task, strategy, bounds)

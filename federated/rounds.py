@@ -143,7 +143,7 @@ class Progress:
     """How far a device is with its training, a few times a minute: its own word."""
 
     device: Device
-    step: int  # so many are done
+    step: int  # how many are done
     steps: int  # in all
     images_per_second: float
     metrics: Mapping[str, Scalar]  # the loss, and what the board measures of itself

@@ -67,12 +67,12 @@ def server_parser(description: str | None, **kwargs: str) -> cli.Parser:
     parser.switch("page_stay", "leave the page there after the run, until Ctrl-C")
     # Who may connect
     parser.switch("secure", "TLS, and only devices that you admit; they join with a token")
-    parser.switch("insecure", "let in whoever reaches the port, also from the Internet")
+    parser.switch("insecure", "let in any device that reaches the port, also from the Internet")
     parser.flag("keys", "where keys are (default: ~/.config/flower-embedded)", metavar="DIR")
     parser.flag("names", "further names of this machine, for --secure: a.example,203.0.113.5", "")
     parser.flag(
         "unauthenticated_address",
-        "listen here too, with TLS, for stock Flower clients: whoever reaches it can join",
+        "listen here too, with TLS, for stock Flower clients: any that reaches it can join",
         "",
         metavar="HOST:PORT",
     )

@@ -27,8 +27,8 @@ SURE = 0.05  # a model that is worse by chance alone is that as often at most
 def is_worse(right: int, wrong: int) -> bool:
     """Return whether a model is worse, given what it has newly right and newly wrong.
 
-    The exact one-sided sign test: of equally good models, so many of the changes or more are for
-    the worse with a probability of at most SURE.
+    The exact one-sided sign test: with an equally good model, at least `wrong` of the changes are
+    for the worse with a probability of at most SURE.
     """
     changes = right + wrong
     tail = sum(math.comb(changes, k) for k in range(wrong, changes + 1))

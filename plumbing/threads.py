@@ -19,7 +19,7 @@ WINDOW_SECONDS = 2.0  # over which the rate is watched
 SLOWED = 0.5  # of the rate that was usual
 LOOK_SHARE = 0.05  # of the time goes into looking again, at most
 
-# Works for about so many seconds, on copies, and returns a rate: steps or images a second.
+# Works for about that many seconds, on copies, and returns a rate: steps or images a second.
 Trial = Callable[[float], float]
 
 

@@ -1,6 +1,6 @@
 """The page's door: what each request must pass, and what each answer carries.
 
-    on loopback     reading is free: whoever uses this machine can read the run's files anyway
+    on loopback     reading is free: who uses this machine can read the run's files anyway
     elsewhere       reading needs the key
     everywhere      the owner's functions need it; beyond loopback also TLS
 

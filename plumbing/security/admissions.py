@@ -168,7 +168,7 @@ class Admissions:
             db.execute("DELETE FROM tokens")
 
     def prune(self, days: float = math.inf) -> list[str]:
-        """Remove the revoked, and devices not seen for so many days; return their cids.
+        """Remove the revoked, and devices not seen for `days`; return their cids.
 
         Neither is let in afterwards: only keys on the list are. A device that was never seen
         counts from its admission on.

@@ -94,7 +94,7 @@ class StreamFleet(Fleet):
             noticed after 2.8 times this, one whose packets are lost after 1.5 times.
         gate: decides who may connect; without one everybody may, and nothing is encrypted.
         stock_address: HOST:PORT to listen at as well, with TLS, for stock Flower clients:
-            whoever reaches it may connect. Only with a gate.
+            any device that reaches it may connect. Only with a gate.
 
     Raises:
         FederationError: it cannot listen there.

@@ -22,7 +22,7 @@ MAX_WORDS_BYTES = 1 << 20  # of a greeting, with the names of many classes
 SENDING_BYTES = 32 << 20
 RECEIVING_BYTES = 96 << 20  # updates that are sent, until they have been dealt with
 SLOW_BYTES = 192 << 20  # of these, and of those whose turn has passed on
-WHOLE_BYTES = 384 << 20  # 8 of ResNet18: so many stock clients may be training
+WHOLE_BYTES = 384 << 20  # 8 of ResNet18: this many stock clients may be training
 GREETING_BYTES = 96 << 20  # if all that greet are hostile; an honest greeting has some kB
 
 # Within this time, and then at this rate, a device has to send what it has announced.
@@ -33,7 +33,7 @@ TURN_BYTES_PER_SECOND = 1_000_000
 
 
 def no_turn() -> None:
-    """End the turn of whoever needs none."""
+    """End the turn of a connection that needs none."""
 
 
 class Turns:
@@ -82,7 +82,7 @@ class Memory:
         # Only where messages are large:
         self.slow = Turns(max(2, SLOW_BYTES // model_bytes))
         self.whole = Turns(max(2, WHOLE_BYTES // model_bytes))
-        # Apart: whoever announces nothing can hold up the others that do not.
+        # Apart: who announces nothing can hold up only the others that do not.
         self.greeting = Turns(max(2, GREETING_BYTES // model_bytes))
         self.greeting_unannounced = Turns(max(2, GREETING_BYTES // model_bytes))
 
@@ -132,7 +132,7 @@ class Incoming:
         """Read a reply that has no weights, such as a greeting.
 
         Raises:
-            TimeoutError: there is none after so many seconds, or soon after its announcement.
+            TimeoutError: there is none after the time allowed, or soon after its announcement.
             BadReply: the device hung up, or sent more than words.
         """
         end_turn = no_turn
