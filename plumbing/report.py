@@ -95,12 +95,12 @@ class Console:
         held, self._held = self._held, []
         for kind, verb in ((Joined, "joined"), (Left, "left")):
             events = [event for event in held if isinstance(event, kind)]
-            if len(events) < LINES_AT_ONCE:
-                for event in events:
+            last = {event.device.cid: event for event in events}  # some come and go repeatedly
+            if len(last) < LINES_AT_ONCE:
+                for event in last.values():
                     self._print(self._lines(event))
                 continue
-            names = listed([event.device.cid for event in events])
-            self._print([f"{len(events)} devices {verb}: {names}"])
+            self._print([f"{len(last)} devices {verb}: {listed(last)}"])
             if kind is Joined:
                 others = [event.device for event in events if self._code(event.device)]
                 self._print(self._code(others[0]) if others else [])

@@ -125,6 +125,7 @@ class Process:
         environment = {k: v for k, v in os.environ.items() if k != "GRPC_VERBOSITY"}
         environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
         self.popen: subprocess.Popen[str] | Program
+        from_scratch = from_scratch or "PYTHONPATH" in environment  # other packages are wanted
         if words[0] == sys.executable and words[1].endswith(TORCH_PROGRAMS) and not from_scratch:
             self.popen = preloaded().start(words[1:], cwd, environment)
         else:

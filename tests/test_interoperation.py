@@ -116,7 +116,7 @@ def test_our_client_trains_for_a_stock_server_of_the_release_before(start_client
 def test_strategies_grid_and_messages_are_those_of_the_release_before() -> None:
     chosen = "flowers_own or survives or evaluat or oneofs or all_of_flowers"
     files = ["federated/test_strategies.py", "federated/test_device_evaluation.py"]
-    files += ["test_grid.py", "plumbing/test_wire.py"]
+    files += ["plumbing/test_grid.py", "plumbing/test_wire.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", "-k", chosen]
     done = subprocess.run(
         [*command, *(ROOT / "tests" / file for file in files)],

@@ -84,7 +84,7 @@ def test_device_with_python_38_joins_a_secured_server_and_trains(
     shapes = json.dumps({name: array.shape for name, array in weights.items()})
     device = launch(
         *old_python, "-c", DEVICE, address, token, tmp_path / "key", shapes,
-        TorchTrainer.source, cwd=ROOT,
+        TorchTrainer("0", "Net", "synthetic:20", "cpu").source, cwd=ROOT,
     )  # fmt: skip
     assert device.finish() == 0, device.output
     assert server.finish() == 0, server.output
