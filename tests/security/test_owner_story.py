@@ -2,6 +2,7 @@
 
 import json
 import signal
+import re
 import subprocess
 import sys
 import textwrap
@@ -158,7 +159,7 @@ def test_stock_flower_client_joins_where_the_owner_allows_it_and_nowhere_else(
         min_num_clients="2", unauthenticated_address="127.0.0.1:0", rounds="1"
     )
     (line,) = [line for line in server.lines if "stock Flower clients" in line]
-    stock_address = line.split()[2]
+    stock_address = re.search(r"reach (\S+) can", line)[1]
     certificate = line.rpartition(" from ")[2]
     code = """
         import sys
