@@ -1,8 +1,8 @@
 """The whole story with server.py and client.py, as an owner lives it."""
 
 import json
-import signal
 import re
+import signal
 import subprocess
 import sys
 import textwrap
