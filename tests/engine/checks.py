@@ -79,9 +79,8 @@ def test_simulation_and_stream_give_the_same_model(engine, start_server, start_c
     assert len(found["engine"]) == 3
     assert found["engine"] == pytest.approx(found["stream"], abs=0.002)
     assert found["engine"][-1] > found["engine"][0]
-    assert {path.name for path in of["engine"].iterdir()} == {
-        path.name for path in of["stream"].iterdir()
-    }
+    files = {name: {file.name.split(".1")[0] for file in of[name].iterdir()} for name in of}
+    assert files["engine"] == files["stream"]  # TensorBoard's have the time in their names
     assert not left_running(engine.home)
 
 
@@ -136,7 +135,9 @@ def test_supernode_that_is_killed_comes_back_in_the_middle_of_a_run(engine, tmp_
 def test_run_that_cannot_work_ends_with_the_reason_and_no_process(engine, tmp_path):
     run = engine(strategy="nowhere:Mine", run_dir=tmp_path / "run", data_dir="synthetic:400")
     assert run.finish(400) == 1
-    assert run.lines[-1] == "run_engine.sh: --strategy nowhere:Mine: No module named 'nowhere'"
+    assert run.lines[-1] == (
+        f"run_engine.sh: --strategy nowhere:Mine: there is no nowhere.py in '{ROOT}'"
+    )
     assert "Traceback" not in run.output
     assert not left_running(engine.home)
 
