@@ -58,7 +58,7 @@ PAUSE_SECONDS = 5  # then devices come back to a server that was interrupted
 HANDSHAKE_SECONDS = 5
 IDLE_SECONDS = 10  # then a connection without a call is closed; a device's stream is one
 FETCH_PIECE_BYTES = 1 << 18  # of the newest model, which devices fetch
-LARGE_MESSAGE_BYTES = 2 * MAX_CHUNK_BYTES  # above, none is read before it is its turn
+LARGE_MESSAGE_BYTES = 2 << 20  # above, none is read before it is its turn
 WINDOW_BYTES = 1 << 19  # under way to us on a connection: 25 MB/s where a round trip takes 20 ms
 
 # glibc's numbers for two limits: from what size on a freed block goes back to the system, and how
@@ -144,7 +144,7 @@ class StreamFleet(Fleet):
 
         with contextlib.suppress(AttributeError, OSError):  # no glibc, no holes or others
             glibc = ctypes.CDLL(None)
-            if 0 < model_bytes <= wire.CHUNK_BYTES:
+            if 0 < model_bytes <= wire.ONE_CHUNK_BYTES:
                 glibc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
                 glibc.mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
             else:

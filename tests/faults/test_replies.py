@@ -540,7 +540,7 @@ def test_hung_device_does_not_keep_the_weights_of_its_round(open_fleet):
 @pytest.mark.parametrize("in_pieces", [False, True])
 def test_a_large_model_arrives_whole_or_in_pieces(in_pieces, monkeypatch, open_fleet):
     """Weights of several pieces, to a device that takes them so and to one that does not."""
-    for name in ("PIECE_BYTES", "CHUNK_BYTES", "FIRST_CHUNK_BYTES"):
+    for name in ("PIECE_BYTES", "ONE_CHUNK_BYTES", "CHUNK_BYTES", "FIRST_CHUNK_BYTES"):
         monkeypatch.setattr(wire, name, 1000)
     rng = np.random.default_rng(0)
     model = {f"w{n}": rng.normal(size=n).astype("f") for n in (100, 700, 3, 200, 40, 110)}
