@@ -47,7 +47,7 @@ from plumbing.security.gate import Door, Gate, Peer, peer_address
 from plumbing.security.identity import ENROL
 from plumbing.stream import wire
 from plumbing.stream.session import GOODBYE_SECONDS, Reply, Session, Work
-from plumbing.stream.turns import MAX_CHUNK_BYTES, Incoming, Memory
+from plumbing.stream.turns import OFFER_BYTES, Incoming, Memory
 
 GREETING_SECONDS = 300.0  # to report what it is; a Pi may have to cut its partition first
 NAME_SECONDS = 0.5  # a broken connection is mostly noticed by then, and its name free
@@ -115,6 +115,8 @@ class StreamFleet(Fleet):
         self.admit = admit
         # A stock client sends its whole update at once; what surrounds the weights takes less.
         self.max_reply_bytes = model_bytes + model_bytes // 8 + (1 << 20) if model_bytes else -1
+        small = 0 < model_bytes <= wire.ONE_CHUNK_BYTES
+        self.max_chunk_bytes = OFFER_BYTES + (wire.ONE_CHUNK_BYTES if small else wire.CHUNK_BYTES)
         self.keepalive_seconds = keepalive_seconds
         self.gate = gate
         self.stock_address = stock_address
@@ -144,7 +146,7 @@ class StreamFleet(Fleet):
 
         with contextlib.suppress(AttributeError, OSError):  # no glibc, no holes or others
             glibc = ctypes.CDLL(None)
-            if 0 < model_bytes <= wire.ONE_CHUNK_BYTES:
+            if small:
                 glibc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
                 glibc.mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
             else:
@@ -218,7 +220,7 @@ class StreamFleet(Fleet):
     async def _listen(self, server_address: str) -> str:
         # Where keys are demanded only this project's devices join, whose largest message is a
         # chunk. gRPC has one limit for all that a server listens at.
-        server = self._make_server(MAX_CHUNK_BYTES if self.gate else self.max_reply_bytes)
+        server = self._make_server(self.max_chunk_bytes if self.gate else self.max_reply_bytes)
         address = self._bind(server, server_address, self.gate and self.gate.credentials())
         if self.gate and self.stock_address:
             server = self._make_server(self.max_reply_bytes)

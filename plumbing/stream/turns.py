@@ -1,9 +1,9 @@
 """How much of large models is in memory at a time: devices take turns, to be sent and to send.
 
 gRPC reads a message as a whole, and knows one limit for all that a server listens at. Where the
-limit is about a chunk, each connection can be read at any time. At an open server it is the
-size of a stock client's whole update. There no message is read before it is the connection's
-turn; until then HTTP/2 holds it back, but for its window.
+limit is small, each connection can be read at any time. At an open server it is the size of a stock
+client's whole update, at a secured one that of a chunk. Where that is large no message is read
+before it is the connection's turn; until then HTTP/2 holds it back, but for its window.
 """
 
 import asyncio
@@ -16,7 +16,6 @@ from federated.errors import BadReply
 from plumbing.stream import wire
 
 OFFER_BYTES = 1 << 16  # more than a reply without weights takes
-MAX_CHUNK_BYTES = wire.CHUNK_BYTES + OFFER_BYTES
 MAX_WORDS_BYTES = 1 << 20  # of a greeting, with the names of many classes
 
 SENDING_BYTES = 32 << 20
