@@ -432,9 +432,15 @@ def _join(
         reporter.channel = channel
 
         def announce() -> None:
-            if server.wants_announcements:
-                with suppress(grpc.RpcError):  # the stream has it too, with the reason
-                    channel.unary_unary(ANNOUNCE)(b"", timeout=HELLO_SECONDS)
+            if not server.wants_announcements:
+                return
+            try:
+                channel.unary_unary(ANNOUNCE)(b"", timeout=HELLO_SECONDS)
+            except grpc.RpcError as error:
+                # Unannounced, the reply would never be read: better to join again. Of all else
+                # the stream ends too, and has the reason.
+                if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise
 
         try:
             yield stream, replies, announce

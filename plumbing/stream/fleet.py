@@ -46,6 +46,7 @@ from plumbing.security.complaints import Refusals
 from plumbing.security.gate import Door, Gate, Peer, peer_address
 from plumbing.security.identity import ENROL
 from plumbing.stream import wire
+from plumbing.stream.device import ANNOUNCE
 from plumbing.stream.session import GOODBYE_SECONDS, Reply, Session, Work
 from plumbing.stream.turns import OFFER_BYTES, Incoming, Memory
 
@@ -247,7 +248,7 @@ class StreamFleet(Fleet):
         join = {"Join": partial(self._join, large)}
         services = {"flwr.proto.FlowerService": join, "plumbing.Fleet": methods}
         server = grpc.aio.server(
-            interceptors=[Door(self.gate, open_methods=[ENROL])],
+            interceptors=[Door(self.gate, open_methods=[ENROL, ANNOUNCE])],
             options=server_options(max_message_bytes, self.keepalive_seconds),
         )
         for service, methods in services.items():
@@ -360,7 +361,11 @@ class StreamFleet(Fleet):
             await context.write(piece)
 
     async def _announce(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
-        """Note that a reply is on its way on the connection by which the device has joined."""
+        """Note that a reply is on its way on the connection by which the device has joined.
+
+        The gate has let that connection in. It is not asked again: its list may be away for a
+        while, and a device whose announcement were refused would be waited for in vain.
+        """
         if incoming := self._incoming.get(context.peer()):
             incoming.announce()
         await context.write(b"")
