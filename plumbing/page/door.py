@@ -46,10 +46,18 @@ class Door:
         reading_needs_key: whether reading does, not only the owner's functions.
         tls: whether the connection is encrypted.
         loopback: whether it listens at this machine's own address alone.
+        entrance: a path that is open without the key, and where browsers without it are sent;
+            what answers there decides whom to `let_in`.
     """
 
     def __init__(
-        self, app: ASGIApp, names: Iterable[str], port: int, loopback: bool, tls: bool
+        self,
+        app: ASGIApp,
+        names: Iterable[str],
+        port: int,
+        loopback: bool,
+        tls: bool,
+        entrance: str = "",
     ) -> None:
         self.app = app
         self.hosts = {join_address(name, port).lower() for name in names}
@@ -58,6 +66,7 @@ class Door:
         self.key = secrets.token_urlsafe(24)
         self.tls = tls
         self.loopback = loopback
+        self.entrance = entrance
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,7 +97,10 @@ class Door:
         owner = scope["path"].startswith(OWNER)
         if owner and not (self.loopback or self.tls):
             return PlainTextResponse("the owner's functions need TLS: server.py --secure\n", 403)
-        if not has_key and (owner or not self.loopback):
+        is_open = scope["path"] == self.entrance or (self.loopback and not owner)
+        if not has_key and not is_open:
+            if self.entrance and scope["path"] == "/":
+                return RedirectResponse(self.entrance, 303)
             return PlainTextResponse("open the address with the key that the server prints\n", 401)
         if scope["method"] in CHANGING and headers.get("origin") != self.origin + host:
             return PlainTextResponse("this request comes from another site\n", 403)
@@ -102,6 +114,10 @@ class Door:
             return PlainTextResponse(
                 "this key is of another run of the server; open the address that it prints\n", 401
             )
+        return self.let_in(answer)
+
+    def let_in(self, answer: Response) -> Response:
+        """Return the answer with the cookie that opens the page."""
         answer.set_cookie(
             self.cookie, self.key, httponly=True, samesite="strict", secure=self.tls, path="/"
         )

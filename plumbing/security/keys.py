@@ -388,6 +388,34 @@ class Authority:
         return builder.serial_number(x509.random_serial_number()).sign(self.key, SHA256())
 
 
+def self_signed(names: Iterable[str]) -> tuple[bytes, bytes]:
+    """Return a new key, and a certificate that it signs itself for such names, in PEM.
+
+    For a device's own page: a browser warns of it, and a person compares `fingerprint`.
+    """
+    key, own = new_key(), _name(AUTHORITY_NAME)
+    begin, purpose = now() - CLOCK_SLACK, ExtendedKeyUsageOID.SERVER_AUTH
+    general_names = x509.SubjectAlternativeName([general_name(name) for name in names])
+    builder = _builder(own, own, key.public_key(), begin, begin + DEVICE_LIFE, purpose)
+    builder = builder.add_extension(general_names, critical=False)
+    certificate = builder.serial_number(x509.random_serial_number()).sign(key, SHA256())
+    return key_pem(key), certificate_pem(certificate)
+
+
+def names_in(certificate: x509.Certificate) -> set[str]:
+    """Return the host names and IP addresses that a certificate is for."""
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return set()
+    return {str(name.value) for name in found}
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """Return a certificate's SHA-256 as browsers show it: AB:CD:…"""
+    return certificate.fingerprint(SHA256()).hex(":").upper()
+
+
 def general_name(name: str) -> x509.GeneralName:
     """Return a certificate's entry for a host name or an IP address."""
     try:

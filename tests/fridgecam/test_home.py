@@ -10,9 +10,10 @@ from safetensors.numpy import save_file
 from starlette.testclient import TestClient
 
 from federated.errors import FederationError
+from fridgecam import door
 from fridgecam.device import go_back
 from fridgecam.home import Home, Seen
-from fridgecam.label import Labels, make_app
+from fridgecam.label import Labels, make_page
 from fridgecam.watch import is_accepted
 from head_trainer import Card
 from plumbing.photos import hold_out, labelled
@@ -52,8 +53,9 @@ class FakeLooker:
 def page(home):
     for i in range(4):
         photo(home.inbox / f"{i}.jpg", i)
-    client = TestClient(make_app(Labels(home, FakeLooker())), base_url="http://127.0.0.1:8082")
-    client.headers["X-FridgeCam"] = "1"
+    app = make_page(Labels(home, FakeLooker()), 8082, list(door.LOCAL))
+    client = TestClient(app, base_url="http://127.0.0.1:8082")
+    client.headers.update({"X-FridgeCam": "1", "Origin": "http://127.0.0.1:8082"})
     return client
 
 
@@ -91,10 +93,35 @@ def test_page_touches_only_photographs_in_the_inbox(page, home, name):
     assert len(list(home.inbox.iterdir())) == 4
 
 
+def test_photograph_that_came_under_the_name_meanwhile_survives_an_undo(page, home):
+    step(page, "label", name="0.jpg", **{"class": "Milk"})
+    photo(home.inbox / "0.jpg", 99)
+    step(page, "undo")
+    assert len(list(home.inbox.iterdir())) == 5
+
+
+def test_step_that_the_owner_has_taken_further_by_hand_is_named(page, home):
+    step(page, "label", name="0.jpg", **{"class": "Milk"})
+    (home.photos / "Milk" / "0.jpg").rename(home.folder / "elsewhere.jpg")
+    assert "was moved by hand" in step(page, "undo")["problem"]
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"what": ["undo"]}', b'{"what": "no"}'])
+def test_request_that_is_no_step_is_refused(page, body):
+    answer = page.post("/do", content=body)
+    assert (answer.status_code, answer.json()) == (400, {"problem": "no such step"})
+
+
 def test_page_refuses_other_sites(page, home):
-    del page.headers["X-FridgeCam"]
-    assert page.post("/do", json={"what": "undo"}).status_code == 403
-    assert page.get("/state", headers={"Host": "evil.example"}).status_code == 400
+    assert page.get("/state", headers={"Host": "evil.example"}).status_code == 421
+    for header in ("X-FridgeCam", "Origin"):
+        kept = page.headers.pop(header)
+        answer = page.post("/do", json={"what": "skip", "name": "0.jpg"})
+        assert answer.status_code == 403
+        page.headers[header] = kept
+    evil = {"Origin": "http://evil.example"}
+    assert page.post("/do", json={"what": "undo"}, headers=evil).status_code == 403
+    assert page.get("/state").json()["name"] == "0.jpg"
 
 
 def test_excluded_class_is_not_offered_and_a_broken_photograph_is_passed_over(page, home):
