@@ -24,7 +24,16 @@ import torch
 
 import utils
 from federated.errors import FederationError
-from federated.rounds import Fleet, Notice, Observed, Observer, Plan, Step, synchronous
+from federated.rounds import (
+    Fleet,
+    Notice,
+    Observed,
+    Observer,
+    Plan,
+    Started,
+    Step,
+    synchronous,
+)
 from federated.settings import RunSettings
 from federated.strategies import Strategy, make_strategy, state_of_version_1
 from federated.updates import Bounds, Update, Weights, fingerprint, make_update
@@ -325,6 +334,7 @@ def run(
         evaluation = None
         if finished_round is None:
             directory.save(0, weights)
+            observe(Started(task.evaluate(weights)))  # while the devices join
         else:
             print(f"resuming {directory} after round {finished_round}")
         if publisher:
@@ -461,6 +471,7 @@ def print_results(
     title = f"{settings.model}, {settings.strategy}, tested on {task.images}"
     curves = "no report.png, for which matplotlib is not installed"
     if importlib.util.find_spec("matplotlib"):  # a SuperLink's image has none
-        draw_report(directory.path / "report.png", title, directory.rounds())
+        start = directory.start_accuracy()
+        draw_report(directory.path / "report.png", title, directory.rounds(), start)
         curves = f"curves in {directory}/report.png"
     print(f"model in {directory}/model.safetensors, {curves}")

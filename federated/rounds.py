@@ -165,6 +165,13 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Started:
+    """A new run begins with these weights."""
+
+    evaluation: Mapping[str, Any]  # of them on the server
+
+
+@dataclass(frozen=True)
 class Waiting:
     """There are too few idle devices for a round."""
 
@@ -205,7 +212,7 @@ class Retry:
 
 
 Event = Joined | Left | Resumed | Progress | Offered | Result | Freed | Notice
-Observed = Event | Began | Waiting | Dropped | Clipped | Retry
+Observed = Event | Started | Began | Waiting | Dropped | Clipped | Retry
 Observer = Callable[["Observed | Step"], None]
 
 

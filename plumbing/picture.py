@@ -37,12 +37,13 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw_report(path: Path, title: str, rounds: Rounds) -> None:
+def draw_report(path: Path, title: str, rounds: Rounds, start: float | None = None) -> None:
     """Draw accuracy, loss, accuracy by class, and seconds by device.
 
     Args:
         title: what was trained, how, on what.
         rounds: the lines of metrics.jsonl; without any there is nothing to draw.
+        start: the test accuracy before round 1; None where it is not known.
 
     Raises:
         FederationError: the picture cannot be written.
@@ -62,7 +63,7 @@ def draw_report(path: Path, title: str, rounds: Rounds) -> None:
             x=0.015, ha="left", fontsize=14, fontweight="bold", parse_math=False,
         )  # fmt: skip
         panels = figure.subplots(2, 2, width_ratios=[1.25, 1], height_ratios=[1.2, 1])
-        _draw_accuracy(panels[0, 0], rounds)
+        _draw_accuracy(panels[0, 0], rounds, start)
         _draw_loss(panels[1, 0], rounds)
         _draw_classes(panels[0, 1], rounds[-1])
         _draw_seconds(panels[1, 1], rounds)
@@ -86,17 +87,15 @@ def _by_round(axes: Any, rounds: Rounds, first: float) -> list[int]:
     return numbers
 
 
-def _draw_accuracy(axes: Any, rounds: Rounds) -> None:
+def _draw_accuracy(axes: Any, rounds: Rounds, start: float | None) -> None:
     numbers = _by_round(axes, rounds, -0.2 if rounds[0]["server_round"] == 1 else math.inf)
     values = [100 * number(row, "accuracy") for row in rounds]
-    classes = rounds[-1].get("class_accuracy")
-    if numbers[0] == 1 and isinstance(classes, Mapping) and classes:
-        # What guessing brings, from where a new model starts.
-        chance = 100 / len(classes)
-        axes.plot([0, 1], [chance, values[0]], ":", color=BLUE, linewidth=2)
-        axes.plot(0, chance, "o", markerfacecolor="white", color=BLUE)
+    if numbers[0] == 1 and start is not None:
+        first = 100 * start
+        axes.plot([0, 1], [first, values[0]], ":", color=BLUE, linewidth=2)
+        axes.plot(0, first, "o", markerfacecolor="white", color=BLUE)
         axes.annotate(
-            f"guessing {chance:.0f} %", (0, chance), textcoords="offset points", xytext=(8, -4)
+            f"start {first:.1f} %", (0, first), textcoords="offset points", xytext=(8, -4)
         )
     marker = "o" if len(numbers) <= 40 else ""
     axes.plot(numbers, values, color=BLUE, linewidth=2.4, marker=marker, markersize=5)

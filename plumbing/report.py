@@ -18,6 +18,7 @@ from federated.rounds import (
     Notice,
     Observed,
     Retry,
+    Started,
     Step,
     Waiting,
 )
@@ -121,6 +122,9 @@ class Console:
                 return [f"{device.name} left"]
             case Notice(text):
                 return [text]
+            case Started(evaluation):
+                loss, accuracy = evaluation["loss"], 100 * evaluation["accuracy"]
+                return [f"before round 1  loss {loss:.3f}  accuracy {accuracy:.1f} %{self.where}"]
             case Waiting():
                 return [self._waiting(event)]
             case Dropped(server_round, device, reason):

@@ -32,6 +32,7 @@ from federated.rounds import (
     Observed,
     Resumed,
     Retry,
+    Started,
     Step,
 )
 from plumbing import descriptors
@@ -277,6 +278,16 @@ class RunDirectory:
                 f"cannot read '{self}/metrics.jsonl' ({error.strerror})"
             ) from error
 
+    def start_accuracy(self) -> float | None:
+        """Return the test accuracy before round 1, of events.jsonl; None if it is not there."""
+        with contextlib.suppress(OSError), (self.path / "events.jsonl").open("rb") as file:
+            for line in file:
+                with contextlib.suppress(*NO_JSON, KeyError, TypeError):
+                    event = json.loads(line)
+                    if event["event"] == "started" and _is_number(event["accuracy"]):
+                        return float(event["accuracy"])
+        return None
+
     def _rows(self) -> list[tuple[bytes, dict[str, Any]]]:
         """Return each line of metrics.jsonl with what it holds."""
         try:
@@ -457,6 +468,8 @@ def event_record(event: Observed | Step) -> dict[str, Any] | None:
             }
         case Notice(text):
             fields = {"text": text}
+        case Started(evaluation):
+            fields = {name: evaluation[name] for name in ("loss", "accuracy")}
         case _:
             return None
     return {**bounded_record(fields), "event": type(event).__name__.lower()}

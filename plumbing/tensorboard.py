@@ -3,11 +3,11 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from federated.rounds import Contribution, Observed, Step
+from federated.rounds import Contribution, Observed, Started, Step
 
 MAX_DEVICES = 100  # with curves of their own; metrics.jsonl has all
 DEVICE_METRICS = ("loss", "images_per_second", "cpu_temperature", "peak_ram_mb", "power_watts")
@@ -23,10 +23,13 @@ class TensorBoard:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.writer: Any = None
+        self.start: Mapping[str, Any] = {}  # what the run began with, until the file is made
         self.named: set[str] = set()  # devices with curves
         self.stopped = False
 
     def __call__(self, event: Observed | Step) -> None:
+        if isinstance(event, Started):
+            self.start = event.evaluation
         if not isinstance(event, Step) or self.stopped:
             return
         # Imported here: the package wants torch, which a server has loaded by now.
@@ -44,6 +47,9 @@ class TensorBoard:
                 # What an earlier server wrote on this round and later ones is void.
                 start = SessionLog(status=SessionLog.START)
                 records.insert(0, Event(step=event.server_round, session_log=start))
+                if self.start:
+                    tested = [Summary.Value(tag=t, simple_value=v) for t, v in _tested(self.start)]
+                    records.insert(0, Event(wall_time=time.time(), summary=Summary(value=tested)))
             for record in records:
                 self.writer.write_event(record)
             self.writer.flush()
@@ -57,11 +63,7 @@ class TensorBoard:
 
     def _scalars(self, step: Step) -> Iterator[tuple[str, float]]:
         """Yield tags and values; what is no finite number is left out."""
-        for name in ("loss", "accuracy", "validation_loss", "validation_accuracy"):
-            of, _, what = name.rpartition("_")
-            yield from _finite(f"{what}/{of or 'test'}", step.evaluation.get(name))
-        for name, value in dict(step.evaluation.get("class_accuracy", {})).items():
-            yield from _finite(f"class_accuracy/{name}", value)
+        yield from _tested(step.evaluation)
         yield "seconds/round", step.seconds + step.seconds_evaluate
         yield "devices/counted", len(step.contributions)
         yield "devices/dropped", len(step.dropped)
@@ -76,6 +78,14 @@ class TensorBoard:
         yield f"{name}/seconds", contribution.seconds
         for metric in DEVICE_METRICS:
             yield from _finite(f"{name}/{metric}", contribution.metrics.get(metric))
+
+
+def _tested(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name in ("loss", "accuracy", "validation_loss", "validation_accuracy"):
+        of, _, what = name.rpartition("_")
+        yield from _finite(f"{what}/{of or 'test'}", evaluation.get(name))
+    for name, value in dict(evaluation.get("class_accuracy", {})).items():
+        yield from _finite(f"class_accuracy/{name}", value)
 
 
 def _finite(tag: str, value: Any) -> Iterator[tuple[str, float]]:

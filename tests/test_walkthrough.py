@@ -55,6 +55,11 @@ def test_walk_through_to_a_saved_model_that_starts_the_next_run(
         assert datetime.fromisoformat(metrics["time"]).utcoffset() == timedelta(0)
         for name in ("bytes_sent", "bytes_received"):
             assert metrics[name] == sum(device[name] for device in metrics["devices"]) > 2 * 248_024
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    (start,) = (event for event in events if event["event"] == "started")
+    before = f"before round 1  loss {start['loss']:.3f}  accuracy {100 * start['accuracy']:.1f} %"
+    assert f"{before} (synthetic images)" in server.output
+    assert start["loss"] > rounds[0]["loss"]
     scores = rounds[1]["device_scores"]
     assert scores["sampled"] == 2
     assert [score["num_examples"] for score in scores["devices"]] == [40, 40]  # of 80

@@ -307,6 +307,11 @@ def event_text(kind: str, reason: str, record: Mapping[str, Any]) -> str:
         case "joined":
             shown = [text(record.get(name)) for name in ("board", "machine", "data")]
             return "joined: " + ", ".join(filter(None, shown))
+        case "started":
+            match record.get("accuracy"):
+                case float() as accuracy if 0 <= accuracy <= 1:
+                    return f"a new run; accuracy {100 * accuracy:.1f} % before it"
+            return "a new run"
         case "left":
             return f"left: {reason}"
         case "resumed":

@@ -33,6 +33,21 @@ def test_report_is_a_picture_also_with_devices_that_come_and_go(tmp_path):
     draw_report(tmp_path / "one.png", "one round", rounds[:1])
 
 
+def test_report_shows_what_the_run_began_with(tmp_path):
+    rounds = [
+        {"server_round": 1, "accuracy": 0.8, "loss": 1.0, "seconds": 1.0, "devices": []},
+        {"server_round": 2, "accuracy": 0.9, "loss": 1.0, "seconds": 1.0, "devices": []},
+    ]
+
+    def drawn(start: float | None, rounds: list[dict] = rounds) -> bytes:
+        draw_report(tmp_path / "report.png", "Net", rounds, start)
+        with Image.open(tmp_path / "report.png") as picture:
+            return picture.tobytes()
+
+    assert len({drawn(start) for start in (None, 0.1, 0.5)}) == 3
+    assert drawn(0.1, rounds[1:]) == drawn(None, rounds[1:])  # round 1 is not known
+
+
 def test_report_takes_losses_that_are_not_finite_and_odd_titles(tmp_path):
     rounds = [
         {"server_round": i, "accuracy": 0.1, "loss": loss, "seconds": 1.0, "devices": []}

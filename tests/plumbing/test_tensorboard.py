@@ -4,7 +4,7 @@ import time
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from federated.rounds import Contribution, Device, Joined, Step
+from federated.rounds import Contribution, Device, Joined, Started, Step
 from plumbing.tensorboard import MAX_DEVICES, TensorBoard
 
 
@@ -29,11 +29,12 @@ def values(found: EventAccumulator, tag: str) -> list[tuple[int, float]]:
 
 def test_tensorboard_reads_test_results_and_devices(tmp_path):
     observe = TensorBoard(tmp_path)
+    observe(Started({"loss": 2.5, "accuracy": 0.125}))
     for server_round in (1, 2):
         observe(step(server_round, 0.25 * server_round, cpu_temperature=61.0))
     found = read(tmp_path)
-    assert values(found, "accuracy/test") == [(1, 0.25), (2, 0.5)]
-    assert values(found, "loss/test") == [(1, 1.25), (2, 1.25)]
+    assert values(found, "accuracy/test") == [(0, 0.125), (1, 0.25), (2, 0.5)]
+    assert values(found, "loss/test") == [(0, 2.5), (1, 1.25), (2, 1.25)]
     assert values(found, "class_accuracy/a cat") == [(1, 0.75), (2, 0.75)]
     assert values(found, "device_1/loss") == [(1, 1.5), (2, 1.5)]
     assert values(found, "device_0/cpu_temperature") == [(1, 61.0), (2, 61.0)]
