@@ -172,6 +172,8 @@ if [[ -n $resume ]]; then
 elif [[ -d $data_dir/train && -z $(option partition "" "$@") ]]; then
   server+=(--partition iid) # a device's own images are used whole, but here all have one disk
 fi
+# The server writes into a pipe, and would take nobody to be watching.
+[[ ! -t 1 || -n $(option page "" "$@") ]] || server+=(--page on)
 if [[ -n $secure ]]; then
   server+=(--keys "$keys")
   (umask 077 && "$python" "$root/server.py" devices token --keys "$keys" --uses "$clients" >"$scratch/token")

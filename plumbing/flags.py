@@ -60,7 +60,7 @@ def server_parser(description: str | None, **kwargs: str) -> cli.Parser:
     # What is seen in the browser
     parser.flag(
         "page",
-        "where, or off (default: the first free port at 127.0.0.1 from 8081 on, on a terminal)",
+        "where; on: the first free port at 127.0.0.1 from 8081 on; off (default: on at a terminal)",
         "",
         metavar="HOST:PORT",
     )

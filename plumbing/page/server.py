@@ -34,7 +34,7 @@ class Page:
     """Serves an App until `close`.
 
     Args:
-        address: HOST:PORT; "" takes the first free port at 127.0.0.1 from 8081 on.
+        address: HOST:PORT; "on" and "" take the first free port at 127.0.0.1 from 8081 on.
         gate: where it is served beyond this machine, its authority certifies the page.
 
     Raises:
@@ -42,6 +42,7 @@ class Page:
     """
 
     def __init__(self, address: str, app: App, gate: Gate | None = None) -> None:
+        address = "" if address == "on" else address
         self.app = app
         self.socket = _listen(address)
         host, port = self.socket.getsockname()[:2]
@@ -119,7 +120,7 @@ class RunPage:
     """The page of a run, from its first round to its end.
 
     Args:
-        flag: --page: HOST:PORT, "off", or "" for a page if a person watches.
+        flag: --page: HOST:PORT, "on", "off", or "" for a page if a person watches.
         stay: whether it stays after the run, until Ctrl-C.
         runs: the directory with the runs.
     """

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -61,6 +62,9 @@ def test_run_shows_lines_of_all_and_ends_with_the_model(launch, tmp_path, monkey
     assert_nothing_left(run)
 
 
+TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+
+
 @pytest.mark.parametrize(
     ("flags", "data"),
     [
@@ -74,12 +78,16 @@ def test_run_shows_lines_of_all_and_ends_with_the_model(launch, tmp_path, monkey
 def test_folder_of_images_is_split_unless_the_user_decides(
     launch, own_images, tmp_path, flags, data
 ):
+    terminal = [] if flags else [sys.executable, "-c", TERMINAL]
     run = launch(
-        ROOT / "run_local.sh", f"--data_dir={own_images}", "--rounds=1", "--batch_size=10",
-        "--run_dir", tmp_path / "run", *flags,
+        *terminal, ROOT / "run_local.sh", f"--data_dir={own_images}", "--rounds=1",
+        "--batch_size=10", "--run_dir", tmp_path / "run", *flags,
     )  # fmt: skip
     assert run.finish() == 0, run.output
     assert re.search(f"server   \\| device 0 joined: .*, Net, {data}\n", run.output)
+    # Who has a terminal gets a page, too.
+    page = re.search(r"server   \| page:  http://127\.0\.0\.1:\d+/\?key=\S+\n", run.output)
+    assert bool(page) == bool(terminal)
 
 
 def test_secure_run_shows_no_token_to_other_users_and_leaves_no_key(launch, tmp_path, monkeypatch):

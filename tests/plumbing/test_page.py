@@ -202,12 +202,14 @@ def test_taken_address_is_an_error_and_without_one_the_next_port_is_taken(open_p
     with pytest.raises(FederationError, match=r"cannot show the page at 127\.0\.0\.1:"):
         open_page(open_page().address.partition("//")[2].partition("/")[0])
     first, second = (open_page("").socket.getsockname()[1] for _ in range(2))
+    assert open_page("on").socket.getsockname()[1] > second
     assert DEFAULT_PORT <= first < second
 
 
 def test_page_is_off_without_a_terminal_and_where_it_is_not_wanted(capsys):
     assert not is_wanted("")
     assert not is_wanted("off")
+    assert is_wanted("on")
     assert is_wanted("127.0.0.1:0")
 
 
