@@ -422,13 +422,13 @@ def training_bytes(
     net.to(device).train()
     buffers = [b.clone() for b in net.buffers()]  # BatchNorm's statistics, which the pass moves
     images = utils.normalise(data.images[:2].to(device))
-    own = {t.untyped_storage().data_ptr() for t in net.state_dict().values()}
+    own = {_storage(t)[0] for t in net.state_dict().values()}
     saved: dict[int, int] = {}
 
     def count(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()  # which several saved tensors may share
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
+        address, size = _storage(t)
+        if address not in own:
+            saved[address] = size
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
@@ -439,6 +439,14 @@ def training_bytes(
         buffer.copy_(before)
     weights = sum(t.numel() * t.element_size() for t in net.state_dict().values())
     return int(WEIGHTS * weights + ACTIVATIONS * activations + REST)
+
+
+def _storage(t: torch.Tensor) -> tuple[int, int]:
+    """Return address and bytes of a tensor's memory, which several tensors may share."""
+    if hasattr(t, "untyped_storage"):
+        return t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()
+    storage = t.storage()  # before torch 2.0
+    return storage.data_ptr(), storage.size() * storage.element_size()
 
 
 def self_test(model: str, wanted: str) -> None:

@@ -123,7 +123,7 @@ def clean_metrics(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
     """Keep of a device's metrics what fits into a table: finite numbers, short strings."""
     kept: dict[str, Scalar] = {}
     for name, value in list(metrics.items())[:100]:
-        if len(name) > 100 or not name.isprintable() or not isinstance(value, float | int | str):
+        if len(name) > 100 or not name.isprintable() or not isinstance(value, (float, int, str)):
             continue
         if isinstance(value, float) and not math.isfinite(value):
             continue

@@ -49,7 +49,7 @@ def parse_address(address: str) -> tuple[str, int]:
         or not host
         or any(c.isspace() or c in "/[]" for c in host)
         or (":" in host) != bracketed
-        or not (port.isascii() and port.isdigit() and int(port) <= 65535)
+        or not (re.fullmatch("[0-9]+", port) and int(port) <= 65535)
     ):
         raise FederationError(
             f"server address '{address}' is not HOST:PORT; "

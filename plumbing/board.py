@@ -163,7 +163,8 @@ class Telemetry:
         for path in self._glob("sys/devices/platform/soc*/soc*:firmware/get_throttled"):
             if re.fullmatch(r"[0-9a-f]{1,8}", text := _read(path)):
                 now, before = _names(int(text, 16)), _names(int(text, 16) >> 16)
-                return {"throttled": now} | ({"throttled_since_boot": before} if before else {})
+                since_boot = {"throttled_since_boot": before} if before else {}
+                return {"throttled": now, **since_boot}
         # Kernels without Raspberry Pi's own patches have no such file, but this alarm.
         for chip in self._glob("sys/class/hwmon/hwmon*"):
             if _read(chip / "name") == "rpi_volt" and _read(chip / "in0_lcrit_alarm") == "1":

@@ -68,7 +68,7 @@ def open_identity(directory: Path, cid: str, join: str | None) -> Identity | Non
     if "PRIVATE KEY" not in text:
         return Identity(path, cid, keys.parse_token(text))
     try:
-        key, certificate, _ = keys.parse_key_file(text.encode())
+        _, certificate, _ = keys.parse_key_file(text.encode())
     except ValueError as error:
         raise FederationError(f"--join {join} is no key file: {error}") from None
     if keys.common_name(certificate) != cid:
@@ -76,7 +76,8 @@ def open_identity(directory: Path, cid: str, join: str | None) -> Identity | Non
             f"--join {join} is the key of device {keys.common_name(certificate)}, "
             f"not of device {cid}; start the client with that --cid"
         )
-    if not path.exists() or keys.read_key_file(path)[0].public_key() != key.public_key():
+    here = keys.read_key_file(path)[1] if path.exists() else None
+    if here is None or keys.key_hash(here) != keys.key_hash(certificate):
         keys.write_private(path, f"{text}\n".encode())
     return Identity(path, cid)
 
@@ -133,7 +134,7 @@ class Identity:
         if self.token:
             self._enrol(server_address, self.token, seconds)
             return
-        begin, end = self.certificate.not_valid_before_utc, self.certificate.not_valid_after_utc
+        begin, end = keys.life(self.certificate)
         if keys.now() < begin:
             raise NotYet(
                 f"this device's clock shows {keys.now():%Y-%m-%d %H:%M} UTC, its certificate "
@@ -165,9 +166,7 @@ class Identity:
                 pem = _ask(channel, RENEW)
             self._write(self.mark + self.credentials[0], pem, keys.certificate_pem(self.authority))
             self._load()
-            logger.info(
-                f"certificate renewed, until {self.certificate.not_valid_after_utc:%Y-%m-%d}"
-            )
+            logger.info(f"certificate renewed, until {keys.life(self.certificate)[1]:%Y-%m-%d}")
         except (grpc.RpcError, FederationError) as error:
             self.renewal_failed = time.monotonic()
             reason = error.details() if isinstance(error, grpc.RpcError) else error
@@ -252,16 +251,16 @@ def shown_certificates(server_address: str, seconds: float) -> list[x509.Certifi
         NotYet: nobody answers.
         NoTLS: it is not TLS 1.3 that is spoken there.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.set_alpn_protocols(["h2"])
     try:
         with connected(server_address, max(0.5, min(seconds, PROBE_SECONDS))) as plain:
             if sys.version_info < (3, 10):
                 chain = _chain_by_openssl(plain)
             else:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                context.check_hostname = False
+                context.verify_mode = ssl.CERT_NONE
+                context.minimum_version = ssl.TLSVersion.TLSv1_3
+                context.set_alpn_protocols(["h2"])
                 with context.wrap_socket(plain) as tls:
                     # Public from Python 3.13 on, the same before.
                     public = hasattr(tls, "get_unverified_chain")
@@ -382,7 +381,7 @@ def connection_problem(
                 f"{', '.join(str(name.value) for name in names)}; start server.py with "
                 f"--names {host}"
             )
-    begin, end = chain[0].not_valid_before_utc, chain[0].not_valid_after_utc
+    begin, end = keys.life(chain[0])
     if not begin <= keys.now() <= end:
         return (
             f"this device's clock shows {keys.now():%Y-%m-%d %H:%M} UTC, the server's certificate "

@@ -214,9 +214,18 @@ def is_signed(data: bytes, signature: bytes, authority: x509.Certificate) -> boo
     return True
 
 
+def life(certificate: x509.Certificate) -> tuple[datetime.datetime, datetime.datetime]:
+    """Return when a certificate begins and ends to be valid."""
+    if hasattr(certificate, "not_valid_before_utc"):
+        return certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    utc = datetime.timezone.utc  # cryptography 40, the last for Python 3.6, leaves that out
+    begin, end = certificate.not_valid_before, certificate.not_valid_after
+    return begin.replace(tzinfo=utc), end.replace(tzinfo=utc)
+
+
 def is_due(certificate: x509.Certificate) -> bool:
     """Return whether two thirds of its life are over, or it has yet to begin: a new one is due."""
-    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    begin, end = life(certificate)
     return not begin <= now() <= begin + (end - begin) * 2 / 3
 
 
@@ -257,6 +266,20 @@ def _builder(
     return builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
 
 
+# Signed deterministically (RFC 6979), which old versions of cryptography cannot do.
+NOBODY_CERTIFICATE = b"""\
+-----BEGIN CERTIFICATE-----
+MIIBRjCB7qADAgECAgEBMAoGCCqGSM49BAMCMBExDzANBgNVBAMMBm5vYm9keTAg
+Fw0yMDAxMDEwMDAwMDBaGA8yMTE5MTIwODAwMDAwMFowETEPMA0GA1UEAwwGbm9i
+b2R5MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEqigm1VDIcTHHqZgIM0Fh0Dux
+I02Yu9eVGKWihgtpzaM5k8nHdcbUFapE8HkWLw0Yec6l/8/r8dXRz6JFpBOQGKM1
+MDMwDAYDVR0TAQH/BAIwADAOBgNVHQ8BAf8EBAMCB4AwEwYDVR0lBAwwCgYIKwYB
+BQUHAwIwCgYIKoZIzj0EAwIDRwAwRAIgUCkCcvXChcbzgYCrQayK60NGMKo4MfZs
+MXMKJtBMSZ4CIC3O7llL0q+spQaYxj/qCfPh7Ly16nxJPFE5TasORev4
+-----END CERTIFICATE-----
+"""
+
+
 @lru_cache(maxsize=None)
 def nobody() -> tuple[bytes, bytes]:
     """Return key and certificate (PEM) of a device that has none yet, the same everywhere.
@@ -267,21 +290,7 @@ def nobody() -> tuple[bytes, bytes]:
     """
     number = int.from_bytes(hashlib.sha256(b"flower-embedded: nobody").digest(), "big")
     key = ec.derive_private_key(number >> 1, ec.SECP256R1())
-    begin = datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)
-    name = _name(NOBODY)
-    certificate = (
-        _builder(
-            name,
-            name,
-            key.public_key(),
-            begin,
-            begin + 100 * 365 * DAY,
-            ExtendedKeyUsageOID.CLIENT_AUTH,
-        )
-        .serial_number(1)
-        .sign(key, SHA256(), ecdsa_deterministic=True)
-    )
-    return key_pem(key), certificate_pem(certificate)
+    return key_pem(key), NOBODY_CERTIFICATE
 
 
 def signing_request(key: PrivateKey, cid: str) -> bytes:
@@ -328,7 +337,7 @@ class Authority:
             self.key, self.certificate = read_authority(path)
             if not (public.is_file() and public.read_bytes() == self.pem):
                 write_private(public, self.pem)
-        begin, end = self.certificate.not_valid_before_utc, self.certificate.not_valid_after_utc
+        begin, end = life(self.certificate)
         if not begin <= now() <= end:
             raise FederationError(
                 f"this machine's clock shows {now():%Y-%m-%d %H:%M} UTC, the authority in '{path}' "
@@ -478,7 +487,7 @@ def parse_key_file(data: bytes) -> tuple[PrivateKey, x509.Certificate, x509.Cert
         raise ValueError("no private key with a certificate") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ValueError("a key of another kind")
-    if certificates[0].public_key() != key.public_key():
+    if key_hash(certificates[0]) != public_key_hash(key.public_key()):
         raise ValueError("its key and certificate do not belong together")
     return key, certificates[0], certificates[-1]
 

@@ -157,6 +157,19 @@ def test_nobody_may_enrol_and_no_more(fleet, recorder):
     assert not fleet.devices
 
 
+def test_certificate_of_nobody_can_be_made_again_by_everybody():
+    key, certificate, _ = keys.parse_key_file(b"".join(keys.nobody()))
+    builder = keys._builder(
+        certificate.subject,
+        certificate.subject,
+        key.public_key(),
+        *keys.life(certificate),
+        ExtendedKeyUsageOID.CLIENT_AUTH,
+    )
+    again = builder.serial_number(1).sign(key, keys.SHA256(), ecdsa_deterministic=True)
+    assert keys.certificate_pem(again) == keys.nobody()[1]
+
+
 def test_device_can_only_be_the_cid_in_its_certificate(fleet, identity, recorder):
     pair = admitted(fleet.gate, "1")
     liar = identity("1", pair, fleet.gate.authority.pem)
