@@ -1,7 +1,9 @@
 """The app on Flower's engine, for real; see `run` beside this file."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -84,18 +86,15 @@ def test_simulation_and_stream_give_the_same_model(engine, start_server, start_c
     assert not left_running(engine.home)
 
 
-def supernode(home, node):
-    """Return the process of a SuperNode."""
-    for process in psutil.process_iter():
-        try:
-            command = process.cmdline()
-            if f"partition-id={node} num-partitions=2" in command and str(home) == (
-                process.environ().get("FLWR_HOME")
-            ):
-                return process
-        except psutil.Error:
-            continue
-    raise AssertionError(f"there is no SuperNode {node}")
+def test_superlink_of_the_run_ends_with_it(engine, tmp_path):
+    run = engine("--superlink", rounds=1, run_dir=tmp_path / "run", **SETTINGS)
+    assert run.finish(600) == 0, run.output
+    assert len(records(tmp_path / "run")[0]["devices"]) == 2
+    time.sleep(1)
+    assert not left_running(engine.home)
+
+
+# --- A deployment: TLS, registered keys, a data base ---
 
 
 def free_port():
@@ -103,33 +102,115 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def test_supernode_that_is_killed_comes_back_in_the_middle_of_a_run(engine, tmp_path):
+def kill(process):
+    """End a process and all that it started, as a power cut does."""
+    for part in [*psutil.Process(process.popen.pid).children(recursive=True), process.popen]:
+        part.send_signal(signal.SIGKILL)
+    process.finish()
+
+
+class Deployment:
+    """A SuperLink and its SuperNodes as docs/engine.md starts them, all on this machine."""
+
+    def __init__(self, launch, folder):
+        self.launch, self.folder, self.keys = launch, folder, folder / "keys"
+        self.port, self.home = free_port(), folder / "home"
+        self.started = []
+        self.home.mkdir()
+        subprocess.run(
+            [ROOT / "deploy/keys.sh", "127.0.0.1", "kitchen", "garden"], cwd=folder, check=True
+        )
+        (self.home / "config.toml").write_text(
+            f'[superlink.fleet]\naddress = "127.0.0.1:{self.port}"\n'
+            f'root-certificates = "{self.keys}/ca.crt"\n'
+        )
+
+    def start(self, program, *arguments):
+        bin = Path(sys.executable).parent
+        environment = [f"FLWR_HOME={self.home}", f"PATH={bin}:{os.environ['PATH']}"]
+        self.started.append(self.launch("env", *environment, bin / program, *arguments))
+        return self.started[-1]
+
+    def superlink(self):
+        started = self.start(
+            "flower-superlink", f"--ssl-ca-certfile={self.keys}/ca.crt",
+            f"--ssl-certfile={self.keys}/server.crt", f"--ssl-keyfile={self.keys}/server.key",
+            "--host=127.0.0.1", f"--port={self.port}", f"--database={self.folder}/superlink.db",
+            "--enable-supernode-auth", "--disable-runtime-dependency-installation",
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return started
+            time.sleep(0.1)
+        raise AssertionError("the SuperLink does not start")
+
+    def register(self, name):
+        done = self.start("flwr", "supernode", "register", self.keys / f"{name}.pub", "fleet")
+        assert done.finish(120) == 0, done.output
+
+    def supernode(self, name, part):
+        return self.start(
+            "flower-supernode", f"--root-certificates={self.keys}/ca.crt",
+            f"--superlink=127.0.0.1:{self.port}", "--host=127.0.0.1", f"--port={free_port()}",
+            f"--auth-supernode-private-key={self.keys}/{name}",
+            f"--node-config=partition-id={part} num-partitions=2",
+        )  # fmt: skip
+
+    def run(self, run_dir):
+        values = {**SETTINGS, "run_dir": str(run_dir), "partition": "iid"}
+        config = " ".join(f"{k}={v}" for k, v in (("rounds", 5), ("seed", 3), ("lr", 0.05)))
+        config += "".join(f" {k}='{values[k]}'" for k in ("data_dir", "run_dir", "partition"))
+        return self.start("flwr", "run", ROOT, "fleet", "--stream", f"--run-config={config}")
+
+
+@pytest.fixture
+def deployment(launch, tmp_path):
+    deployment = Deployment(launch, tmp_path)
+    yield deployment
+    for process in deployment.started:
+        if process.popen.poll() is None:
+            kill(process)
+
+
+@pytest.mark.skipif(
+    not (shutil.which("openssl") and shutil.which("ssh-keygen")),
+    reason="deploy/keys.sh needs openssl and ssh-keygen",
+)
+def test_supernode_that_is_killed_comes_back_in_the_middle_of_a_run(deployment, tmp_path):
     run_dir = tmp_path / "run"
-    run = engine("--superlink", rounds=3, run_dir=run_dir, **SETTINGS)
-    run.wait_for(r"round 1/3  devices 2/2", 400)
-    killed = supernode(engine.home, 1)
-    command, environment = killed.cmdline(), killed.environ()
-    for process in [killed, *killed.children(recursive=True)]:
-        process.send_signal(signal.SIGKILL)
-    command[command.index("--port") + 1] = str(free_port())
-    again = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        assert run.finish(600) == 0, run.output
-    finally:
-        started = psutil.Process(again.pid).children(recursive=True)
-        for process in [again, *started]:
-            process.kill()
-        again.wait(30)
+    superlink = deployment.superlink()
+    deployment.register("kitchen")
+    deployment.register("garden")
+    kill(superlink)
+    superlink = deployment.superlink()  # its data base has the keys
+    nodes = [deployment.supernode(name, i) for i, name in enumerate(("kitchen", "garden"))]
+    stranger = tmp_path / "stranger"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", stranger])
+    shutil.copy(stranger, deployment.keys / "stranger")
+    deployment.supernode("stranger", 1)  # it knows the address and no more
+    run = deployment.run(run_dir)
+    run.wait_for(r"round 1/5  devices 2/2", 400)
+    kill(nodes[1])
+    for _ in range(18):  # as systemd and Docker do: until its heartbeat is missed it is refused
+        again = deployment.supernode("garden", 1)
+        with contextlib.suppress(AssertionError):
+            again.wait_for("SuperNode ID", 30)
+            break
+        time.sleep(5)
+    else:
+        raise AssertionError(again.output)
+    assert run.finish(600) == 0, run.output
     rows = records(run_dir)
     for row in rows:  # its work is done after the restart, or is named as lost
         assert len(row["devices"]) + len(row["dropped"]) == 2
-    assert len(rows[2]["devices"]) == 2
+    assert len(rows[-1]["devices"]) == 2
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     joined = [event["cid"] for event in events if event["event"] == "joined"]
-    assert sorted(joined) == ["0", "1", "1"]
+    assert sorted(joined) == ["0", "1", "1"]  # and no stranger
     assert [event["cid"] for event in events if event["event"] == "left"] == ["1"]
-    time.sleep(1)
-    assert not left_running(engine.home)
+    assert superlink.popen.poll() is None
 
 
 def test_run_that_cannot_work_ends_with_the_reason_and_no_process(engine, tmp_path):

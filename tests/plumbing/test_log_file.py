@@ -21,15 +21,28 @@ def test_log_file_has_each_line_with_its_time(start_server, start_client, tmp_pa
     assert [line[26:] for line in lines] == server.lines
 
 
-def test_log_file_has_errors_and_no_token(start_server, tmp_path):
-    log = tmp_path / "server.log"
-    server, _ = start_server("--secure", keys=str(tmp_path / "keys"), log_file=str(log))
-    assert re.search(r"--join=join1_[\w-]{20}", server.output)
+def test_log_file_has_errors_and_no_secret(start_server, tmp_path):
+    log, run_dir = tmp_path / "server.log", tmp_path / "run"
+    server, _ = start_server(
+        "--secure",
+        "--page=on",
+        keys=str(tmp_path / "keys"),
+        log_file=str(log),
+        run_dir=str(run_dir),
+    )
+    (token,) = re.findall(r"--join=(join1_[\w-]{20,})", server.output)
+    (key,) = re.findall(r"/\?key=([\w-]{20,})", server.output)
+    written = b"".join(path.read_bytes() for path in run_dir.iterdir())
     server.popen.terminate()
     server.finish()
     text = log.read_text()
     assert "--join=join1_…  " in text
+    assert "/?key=…" in text
     assert "server.py: interrupted; devices wait." in text
+    assert b"run_id" in written
+    for secret in (token, key):
+        assert secret not in text
+        assert secret.encode() not in written
 
 
 def test_log_file_that_cannot_be_written_is_named(tmp_path):
