@@ -96,9 +96,9 @@ def test_run_of_four_devices_is_shown_as_it_happens(launch, browse, tmp_path):
     expect(row(tab, "2")).to_contain_text("82 °Cunder-voltage, throttled")
     expect(row(tab, "kitchen")).to_contain_text("refused")
     expect(row(tab, "kitchen")).to_contain_text("started with --model PiNet")
-    picture(tab, "page-devices")
     killed.signal(signal.SIGKILL)
     expect(row(tab, "0")).to_contain_text("gone")
+    picture(tab, "page-devices")
     client(0)
     expect(row(tab, "0")).to_contain_text(re.compile("training|trained|idle"))
 
