@@ -165,11 +165,11 @@ class HeadTrainer:
         seed = zlib.crc32(f"{settings.seed} {self.cid} {settings.server_round}".encode())
         # Each view is an example of its own.
         count, flat = len(labels) * x.shape[1], x.reshape(-1, x.shape[2])
-        order = batches(count, settings.batch_size, settings.epochs, seed)
+        labels_of_views = labels.repeat(x.shape[1])
+        balance = labels_of_views if settings.sampling == "balanced" else None
+        order = batches(count, settings.batch_size, settings.epochs, seed, balance)
         print(f"Training {settings.epochs} epoch(s) w/ {len(order[0])} batches each")
-        trained, loss, steps = self.backbone.train(
-            weights, flat, labels.repeat(x.shape[1]), order, settings
-        )
+        trained, loss, steps = self.backbone.train(weights, flat, labels_of_views, order, settings)
         seconds = max(time.perf_counter() - start, 1e-6)
         metrics = {
             "loss": loss,

@@ -65,7 +65,7 @@ def train_head(
     received = [array.astype(np.float32) for array in weights.values()]
     trained = [array.copy() for array in received]
     velocities = [np.zeros_like(array) for array in received]
-    steps = sum(map(len, order))
+    steps, smooth = sum(map(len, order)), np.float32(settings.label_smoothing)
     step, total, began = 0, 0.0, time.perf_counter()
     for epoch in order:
         losses = []
@@ -78,8 +78,10 @@ def train_head(
             rows, wanted = x[batch], labels[batch]
             chosen = np.arange(len(batch)), wanted
             p = softmax(head_scores(dict(zip(weights, trained, strict=True)), rows))
-            losses.append(float(-np.log(np.maximum(p[chosen], 1e-30)).mean()))
-            p[chosen] -= 1
+            logs = np.log(np.maximum(p, 1e-30))
+            losses.append(float(-((1 - smooth) * logs[chosen] + smooth * logs.mean(1)).mean()))
+            p -= smooth / p.shape[1]
+            p[chosen] -= 1 - smooth
             p /= len(batch)
             lr = np.float32(settings.lr + (settings.lr_end - settings.lr) * min(done, 1.0))
             pairs = zip(trained, velocities, (p.T @ rows, p.sum(0)), received, strict=True)

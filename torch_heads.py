@@ -128,6 +128,7 @@ class HeadLoader:
         self.epochs = iter(order)
         self.batches = len(order[0])
         self.batch_size = len(order[0][0])
+        self.used = len(labels)
 
     def __len__(self) -> int:
         return self.batches

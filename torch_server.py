@@ -25,6 +25,7 @@ import torch
 import utils
 from federated.errors import FederationError
 from federated.rounds import (
+    EQUAL_EXAMPLES,
     Fleet,
     Notice,
     Observed,
@@ -240,6 +241,7 @@ def make_plan(
         retries=settings.round_retries,
         seed=settings.seed,
         own=own,
+        equal=settings.weighting == "equal",
         every=every,
     )
 
@@ -417,7 +419,8 @@ def open_own_data(
         how = replace(settings.for_round(server_round), partition="none")
         trained, count, metrics = trainer.fit(weights, how)
         update = make_update(trained.values(), weights, count, metrics)
-        return update, max(1, round(weight * count))
+        counted = EQUAL_EXAMPLES if settings.weighting == "equal" else count
+        return update, max(1, round(weight * counted))
 
     return train
 

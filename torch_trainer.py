@@ -116,7 +116,16 @@ class TorchTrainer:
         self._cut_data(settings)
         # Another order of images in each round and on each device, the same in a rerun.
         seed = zlib.crc32(f"{settings.seed} {self.cid} {settings.server_round}".encode())
-        trainloader = utils.TrainLoader(self.data, settings.batch_size, seed, self.device)
+        small = settings.augment == "crop" or settings.sampling == "balanced"
+        trainloader = utils.TrainLoader(
+            self.data,
+            settings.batch_size,
+            seed,
+            self.device,
+            crop=settings.augment == "crop",
+            balanced=settings.sampling == "balanced",
+            partial=small,
+        )
         trainloader.net = self.net
         utils.set_weights(self.net, weights)
         self._choose_threads(settings)

@@ -501,30 +501,52 @@ class TrainLoader:
 
     Like a DataLoader with RandomHorizontalFlip and Normalize, but for several batches at once.
     The last partial batch is dropped, unless it is the only one.
+
+    Args:
+        crop: show a part of each image instead, in other colours; see `_changed`.
+        balanced: draw images so that each class comes as often, instead of each image once.
+        partial: keep the last partial batch, unless it is of one image, which has no deviation.
     """
 
     def __init__(
-        self, data: ImageSet, batch_size: int, seed: int = 0, device: str = "cpu", flip: bool = True
+        self,
+        data: ImageSet,
+        batch_size: int,
+        seed: int = 0,
+        device: str = "cpu",
+        flip: bool = True,
+        crop: bool = False,
+        balanced: bool = False,
+        partial: bool = False,
     ) -> None:
         self.net: nn.Module | None = None  # whose mean and deviation it normalises by
         self.pixels = data.images.permute(0, 2, 3, 1).contiguous().to(device)  # (N, H, W, 3)
         self.labels = data.labels.to(device)
         self.batch_size = min(batch_size, len(data))
-        self.flip = flip
+        self.flip, self.crop, self.balanced = flip, crop, balanced
+        self.used = len(data) // self.batch_size * self.batch_size
+        if partial and len(data) - self.used > 1:
+            self.used = len(data)
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
-        return len(self.labels) // self.batch_size
+        return -(-self.used // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.labels), generator=self.generator)
+        if self.balanced:
+            labels = self.labels.cpu()
+            share = 1 / labels.bincount().float()[labels]
+            order = share.multinomial(len(labels), replacement=True, generator=self.generator)
         coins = torch.rand(len(self.labels), generator=self.generator) < 0.5
-        used = len(self) * self.batch_size
+        used = self.used
         # Blocks of about 1 MB still lie in the processor's cache when the step reads them.
         block = self.batch_size * max(1, 2**20 // self.pixels[: self.batch_size].numel())
         for chosen, coin in zip(order[:used].split(block), coins[:used].split(block)):
             chosen = chosen.to(self.pixels.device)
             pixels = self.pixels.index_select(0, chosen)
+            if self.crop:
+                pixels = self._changed(pixels)
             if self.flip:
                 mirrored = coin.nonzero().squeeze(1).to(pixels.device)
                 pixels.index_copy_(0, mirrored, pixels.index_select(0, mirrored).flip(2))
@@ -532,6 +554,28 @@ class TrainLoader:
                 normalise(pixels.permute(0, 3, 1, 2), self.net).split(self.batch_size),
                 self.labels[chosen].split(self.batch_size),
             )
+
+    def _changed(self, pixels: Tensor) -> Tensor:
+        """Return a part of each image (N, H, W, 3), brighter or darker and in other colours.
+
+        A part has 0.35 to 1 of the area and any place (Szegedy et al. 2015, arXiv:1409.4842).
+        """
+        count = len(pixels)
+
+        def between(low: float, high: float, *shape: int) -> Tensor:
+            drawn = torch.rand(count, *shape, generator=self.generator)
+            return (low + (high - low) * drawn).to(pixels.device)
+
+        side = between(0.35, 1).sqrt()
+        place = between(-1, 1, 2) * (1 - side)[:, None]
+        part = torch.zeros(count, 2, 3, device=pixels.device)
+        part[:, 0, 0] = part[:, 1, 1] = side
+        part[:, :, 2] = place
+        images = pixels.permute(0, 3, 1, 2).float()
+        grid = F.affine_grid(part, list(images.shape), align_corners=False)
+        images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        images *= between(0.8, 1.2, 1, 1, 1) * between(0.9, 1.1, 3, 1, 1)
+        return images.clamp_(0, 255).permute(0, 2, 3, 1)
 
 
 class SGD:
@@ -596,10 +640,10 @@ def train(
     """Train `net` in place with Nesterov SGD.
 
     Args:
-        settings: `epochs`; `momentum`; `weight_decay`; the learning rate goes linearly from `lr`
-            to `lr_end` over all steps of this call (the server changes both in each round);
-            `proximal_mu` is the weight of FedProx's term mu/2 * ||w - w_global||^2, w_global
-            being the weights that came in (Li et al. 2018, arXiv:1812.06127).
+        settings: `epochs`; `momentum`; `weight_decay`; `label_smoothing`; the learning rate goes
+            linearly from `lr` to `lr_end` over all steps of this call (the server changes both in
+            each round); `proximal_mu` is the weight of FedProx's term mu/2 * ||w - w_global||^2,
+            w_global being the weights that came in (Li et al. 2018, arXiv:1812.06127).
         before_step: called before each step. It may return which part of the work counts as
             done, by time for example: the learning rate then follows that, if it is ahead of
             the steps, and 1.0 or more ends the training after one step at least.
@@ -626,7 +670,7 @@ def train(
             if batch == 0:
                 total_loss = torch.zeros((), device=device)
             optimizer.zero_grad()
-            loss = F.cross_entropy(net(images), labels)
+            loss = F.cross_entropy(net(images), labels, label_smoothing=settings.label_smoothing)
             loss.backward()
             if mu:  # the gradient of FedProx's term, written out
                 for p, w in zip(net.parameters(), global_weights):
@@ -643,7 +687,7 @@ def train(
         break
     return Training(
         loss=float(total_loss) / (step % batches or batches),
-        num_examples=min(step, batches) * trainloader.batch_size,
+        num_examples=min(step * trainloader.batch_size, trainloader.used),
         steps=step,
         seconds=time.perf_counter() - began,
     )

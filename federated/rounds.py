@@ -282,6 +282,7 @@ class Fleet(ABC):
     def _next(self, timeout: float | None) -> Event | None: ...
 
 
+EQUAL_EXAMPLES = 1000  # what each device counts as, where all count alike
 OWN = Device("service")  # the server itself, where it trains, too
 
 
@@ -297,6 +298,7 @@ class Plan:
         job_id: a name for a round's work that no other run, and no other settings, share.
         evaluate: the new model's test results, "loss" among them.
         own: trains in each round on what the server itself has; returns the update and its weight.
+        equal: each device counts as much as any other, however many examples it has.
         every: seconds from the beginning of one round to that of the next, at least.
     """
 
@@ -312,6 +314,7 @@ class Plan:
     retries: int = 0  # attempts after the first, when there are too few good updates
     seed: int = 0
     own: Callable[[int, Weights], tuple[Update, int]] | None = None
+    equal: bool = False
     every: float = 0.0
 
 
@@ -618,7 +621,7 @@ class _Round:
         counted = min(update.num_examples, self.most_examples)
         if counted < update.num_examples:
             self.observe(Clipped(self.server_round, device, update.num_examples, counted))
-        training.add(device, update, counted)
+        training.add(device, update, EQUAL_EXAMPLES if self.plan.equal else counted)
         self.counted.append(
             Contribution(
                 device,

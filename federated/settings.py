@@ -36,6 +36,12 @@ REPLACED = {"FedOpt": "FedAdam, FedYogi or FedAdagrad", "FaultTolerantFedAvg": "
 
 OPEN_ENDED = 1_000_000  # rounds of a service without an end
 SCHEDULES = ("linear", "cosine", "constant")  # of the learning rate, over the rounds
+CHOICES = {
+    "lr_schedule": SCHEDULES,
+    "sampling": ("shuffled", "balanced"),
+    "augment": ("flip", "crop"),
+    "weighting": ("examples", "equal"),
+}
 
 
 def setting(
@@ -110,6 +116,24 @@ class RunSettings:
         0.0, "of the devices' SGD: L2 penalty of D/2", unit="D", low=0, high=1
     )
     momentum: float = setting(0.9, "of the devices' SGD", unit="M", low=0, high=0.999)
+    label_smoothing: float = setting(
+        0.0, "of the target, what is spread over all classes", unit="F", low=0, high=0.9
+    )
+    sampling: str = setting(
+        "shuffled",
+        "how a device goes through its images in an epoch: shuffled, or balanced, by which each "
+        "class comes as often",
+        unit="HOW",
+    )
+    augment: str = setting(
+        "flip",
+        "how a device changes images at each step: flip mirrors half of them, crop shows parts "
+        "and changes brightness and colour, too",
+        unit="HOW",
+    )
+    weighting: str = setting(
+        "examples", "what a device counts by: its examples, or equal, as any other", unit="HOW"
+    )
     # What must hold for a round to count
     min_replies: int = setting(1, "good replies that a round needs", low=1)
     round_retries: int = setting(2, "retries of a round that has fewer", low=0)
@@ -148,10 +172,9 @@ class RunSettings:
                 raise FederationError(f"--{declared.name} {value} is not finite")
         parse_partition(self.partition)
         check_strategy(self.strategy)
-        if self.lr_schedule not in SCHEDULES:
-            raise FederationError(
-                f"no --lr_schedule '{self.lr_schedule}'; choose {', '.join(SCHEDULES)}"
-            )
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise FederationError(f"no --{name} '{value}'; choose {', '.join(choices)}")
         if 0 < self.round_timeout <= self.round_seconds:
             raise FederationError(
                 f"--round_timeout {self.round_timeout:g} leaves no time to reply after "
@@ -190,6 +213,9 @@ class RunSettings:
             batch_size=self.batch_size,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
+            label_smoothing=self.label_smoothing,
+            sampling=self.sampling,
+            augment=self.augment,
             partition=self.partition,
             num_partitions=self.num_partitions or self.min_num_clients,
             seed=self.seed,
@@ -244,6 +270,9 @@ class Settings:
     batch_size: int = 32
     momentum: float = 0.9
     weight_decay: float = 0.0
+    label_smoothing: float = 0.0  # Szegedy et al. 2016, arXiv:1512.00567
+    sampling: str = "shuffled"  # or "balanced": each class as often
+    augment: str = "flip"  # or "crop": parts, and other colours
     proximal_mu: float = 0.0  # FedProx's mu; 0 is FedAvg
     partition: str = "none"  # how a data set that every device has in full is split
     num_partitions: int = 1

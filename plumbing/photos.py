@@ -242,11 +242,20 @@ class FeatureCache:
             excess -= size
 
 
-def batches(count: int, batch_size: int, epochs: int, seed: int) -> list[list[np.ndarray]]:
+def batches(
+    count: int, batch_size: int, epochs: int, seed: int, balance: np.ndarray | None = None
+) -> list[list[np.ndarray]]:
     """Return for each epoch the indices of its batches; the last one may be smaller.
 
     Every Trainer takes its order from here, so that all of them compute the same numbers.
+
+    Args:
+        balance: the labels (count,); examples are drawn so that each class comes as often.
     """
     rng = np.random.default_rng(seed)
     steps = range(batch_size, count, batch_size)
-    return [np.split(rng.permutation(count), steps) for _ in range(epochs)]
+    if balance is None:
+        return [np.split(rng.permutation(count), steps) for _ in range(epochs)]
+    share = 1 / np.bincount(balance)[balance]
+    share /= share.sum()
+    return [np.split(rng.choice(count, count, p=share), steps) for _ in range(epochs)]

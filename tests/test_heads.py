@@ -65,11 +65,13 @@ def test_a_round_of_the_real_head_is_below_300_kB():
     assert sum(a.nbytes for a in utils.get_weights(EffLite0(43)).values()) < 300_000
 
 
-def test_numpy_trains_the_head_as_torch_does(net, card, photos, tmp_path):
+@pytest.mark.parametrize("sampling", ["shuffled", "balanced"])
+def test_numpy_trains_the_head_as_torch_does(net, card, photos, tmp_path, sampling):
     (tmp_path / "backbone.onnx").write_bytes(to_onnx(net, 32, features=True))
     settings = Settings(
-        lr=0.1, lr_end=0.02, epochs=3, batch_size=7, weight_decay=0.01, proximal_mu=0.1
-    )
+        lr=0.1, lr_end=0.02, epochs=3, batch_size=7, weight_decay=0.01, proximal_mu=0.1,
+        label_smoothing=0.1, sampling=sampling,
+    )  # fmt: skip
     backbones = (TorchBackbone(net), OnnxBackbone(tmp_path / "backbone.onnx"))
     start = utils.get_weights(net)
     (torchs, _, one), (light, _, two) = (
