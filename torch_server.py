@@ -40,12 +40,14 @@ from federated.strategies import Strategy, make_strategy, state_of_version_1
 from federated.updates import Bounds, Update, Weights, fingerprint, make_update
 from plumbing import cli
 from plumbing.checkpoints import load_checkpoint, load_fitting
+from plumbing.photos import Photo
 from plumbing.picture import draw_report
 from plumbing.publish import PUBLISHED, Publication
 from plumbing.report import Console, print_classes, shortened, step_record
 from plumbing.runs import RunDirectory, new_run_name, provenance
 from plumbing.tensorboard import TensorBoard
 from plumbing.threads import Threads
+from torch_export import export_at_end
 from torch_heads import FROZEN, HeadTest, Publisher, ServiceTrainer, make_card, own_photos
 from torch_trainer import TorchTrainer, code_of, find_model, has_head, source_hash
 
@@ -362,6 +364,19 @@ def run(
         if fleet:
             fleet.close(run_is_over)
     print_results(settings, task, directory, weights, evaluation)
+    if isinstance(task.testset, HeadTest):
+        others = calibration_photos(task, args.own_data)
+        size = utils.image_size(settings.model)
+        print(export_at_end(task.net, size, directory.path, others, task.testset.photos))
+
+
+def calibration_photos(task: Task, own_data: str | None) -> list[Photo]:
+    """Return photographs of the server that test nothing; none if it has none."""
+    folder = Path(own_data.rpartition(":")[0] if own_data else task.data_dir).expanduser()
+    try:
+        return own_photos(folder, task.testset.classes)
+    except FederationError:
+        return []
 
 
 def open_publisher(

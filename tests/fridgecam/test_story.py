@@ -77,6 +77,7 @@ def test_fridges_train_the_head_and_see_better(start_server, fridge, service, tm
     assert [client.finish() for client in running] == [0, 0]
     accuracy = float(server.output.split("test accuracy ")[1].split(" %")[0])
     assert accuracy > 90
+    assert "model.onnx, torch's class on 15 of 15 test images; model.int8.onnx, " in server.output
 
 
 def test_device_with_torch_takes_part_beside_one_without(
