@@ -34,9 +34,15 @@ class Row:
 ROWS = [
     Row("all present"),
     Row("3 of 10 present", ("--sample_fraction=0.3", "--min_sample_size=3")),
-    Row("the service trains, too", ("--min_sample_size=10", "--own_data={photos}/service:1")),
+    Row("the service trains, too", ("--min_sample_size=10", "--own_data={photos}/service:2")),
     Row("five labels a fridge", labels=5),
 ]
+
+
+def start_accuracy(run: Path) -> float:
+    """Return how good the start model is on the test photographs."""
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    return next(event["accuracy"] for event in events if event["event"] == "started")
 
 
 def last_line(run: Path) -> dict[str, Any]:
@@ -70,11 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 flags = [flag.format(photos=photos) for flag in row.flags]
                 play(photos, start, args.size, work, [*how, *flags], row.labels)
                 found = last_line(work / "run")
+                begin = 100 * start_accuracy(work / "run")
                 accuracy.append(100 * found["accuracy"])
                 known = [v for v in found["class_accuracy"].values() if v is not None]
                 by_class.append(100 * float(np.mean(known)))
                 sights += compare(photos, work)
             each = ", ".join(f"{value:.1f}" for value in accuracy)
+            print(f"start model: {begin:.1f} %")
             print(f"{row.name}: {np.mean(accuracy):.1f} % ({each})")
             print(f"  mean over classes {np.mean(by_class):.1f} %")
             own = np.mean([(s.before, s.after, s.personal) for s in sights], axis=0) * 100

