@@ -25,6 +25,11 @@ COPY --chown=client:client federated/ federated/
 COPY --chown=client:client plumbing/ plumbing/
 COPY --chown=client:client client.py resnet.py torch_trainer.py utils.py ./
 
+# JetPack 4's base translates them for its Python 3.6.
+RUN if [ -e /opt/flower/packages/python36.py ]; then \
+      python3 /opt/flower/packages/python36.py client.py; \
+    fi
+
 # By name: a number would leave the group video out.
 # hadolint ignore=DL3066
 USER client

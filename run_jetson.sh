@@ -5,7 +5,8 @@
 #   ./run_jetson.sh --detach …      in the background, and again after a reboot or a crash
 #   ./run_jetson.sh --help
 #
-# With a JetPack too old for the client's Python it hands over to run_pi.sh: CPU only.
+# With a JetPack that has no PyTorch for the client, or where that does not load, it hands over to
+# run_pi.sh: CPU only.
 [ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # sh run_jetson.sh
 set -euo pipefail
 
@@ -50,8 +51,10 @@ elif ((major == 36)); then
   cpu "L4T R$l4t is JetPack 6.0, the GPU needs JetPack 6.1 or later (L4T R36.4)"
 elif ((major == 35)); then # JetPack 5, Python 3.8
   nvidia_image=nvcr.io/nvidia/l4t-pytorch:r35.2.1-pth2.0-py3
+elif ((major == 32 && minor >= 6)); then # JetPack 4.6, Python 3.6
+  nvidia_image=nvcr.io/nvidia/l4t-pytorch:r32.7.1-pth1.10-py3
 else
-  cpu "L4T R$l4t is older than JetPack 5, whose CUDA PyTorch is for Python 3.6, and the client needs 3.8"
+  cpu "L4T R$l4t is older than JetPack 4.6 (R32.6), which has NVIDIA's last PyTorch for this board"
 fi
 
 check_docker
@@ -68,4 +71,8 @@ options=(--runtime nvidia --shm-size "$((ram / 4 < 8192 ? ram / 4 : 8192))m")
 for group in video render; do # only root and these may open the GPU's device files
   if entry=$(getent group "$group"); then options+=(--group-add "$(cut -d: -f3 <<<"$entry")"); fi
 done
+
+# A driver or libraries that do not fit the image end PyTorch before the client could fall back.
+problem=$(docker run --rm "${options[@]}" "${run_options[@]}" --entrypoint python3 "$image" \
+  -c 'import torch' 2>&1) || cpu "PyTorch does not load in NVIDIA's image (${problem##*$'\n'})"
 run_client

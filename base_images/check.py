@@ -4,6 +4,7 @@ Importing also leaves a .pyc file beside each module, which the client may not w
 not root.
 """
 
+import importlib.util
 import sys
 
 import cryptography.x509
@@ -21,7 +22,8 @@ except (ImportError, OSError, ValueError) as error:
         f"torch does not load ({error}); on x86-64 take PyTorch's CPU wheels, with "
         "--build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
     )
-import torchvision.models
+if importlib.util.find_spec("torchvision"):  # for users' own models; ours need none
+    import torchvision.models  # noqa: F401
 
 PIL.Image.init()  # imports the readers of all formats
 
@@ -33,7 +35,7 @@ optimizer.step()
 if not all(parameter.isfinite().all() for parameter in net.parameters()):
     sys.exit("a training step leaves weights that are not finite")
 print(
-    f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
+    f"torch {torch.__version__}, NumPy {np.__version__}, "
     f"grpcio {grpc.__version__}, protobuf {google.protobuf.__version__}, "
     f"cryptography {cryptography.__version__}"
 )

@@ -19,6 +19,7 @@ BOARDS = ROOT / "tests/boards"
 IGPU = "nvcr.io/nvidia/pytorch:25.06-py3-igpu"
 SBSA = "nvcr.io/nvidia/pytorch:25.10-py3"
 L4T = "nvcr.io/nvidia/l4t-pytorch:r35.2.1-pth2.0-py3"
+L4T_OLD = "nvcr.io/nvidia/l4t-pytorch:r32.7.1-pth1.10-py3"
 ARGUMENTS = ["--server_address=192.168.1.10:8080", "--cid=0", "--model=Net"]
 
 # What Debian has on every board: bash, coreutils, findutils, mawk.
@@ -54,6 +55,8 @@ case $* in
       exit 17
     fi
     echo "built: progress" ;;
+  run*"import torch")
+    [[ -z ${TORCH_PROBLEM-} ]] || { printf '%s\n' Traceback "$TORCH_PROBLEM" >&2; exit 1; } ;;
   run*--join_only)
     printf '%s\n' "$(env)" >"$STAND_IN/joining-environment"
     [[ -z ${JOIN_SLEEPS-} ]] || { echo "joining" && sleep 60; }
@@ -110,8 +113,15 @@ class Run:
     @property
     def command(self) -> list[str]:
         """The container's command, the last call of all."""
-        (call,) = [call for call in self.of("run") if call[-1] != "--join_only"]
+        others = ("--join_only", "import torch")
+        (call,) = [call for call in self.of("run") if call[-1] not in others]
         assert call is self.calls[-1]
+        return call
+
+    @property
+    def trial(self) -> list[str]:
+        """The command of the container that only imports torch."""
+        (call,) = [call for call in self.of("run") if call[-1] == "import torch"]
         return call
 
     @property

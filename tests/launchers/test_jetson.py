@@ -10,6 +10,7 @@ from tests.launchers.conftest import (
     BOARDS,
     IGPU,
     L4T,
+    L4T_OLD,
     SBSA,
     VOLUME,
     assert_refused,
@@ -36,6 +37,7 @@ def jetson_container(shm: str, model: str) -> list[str]:
             "1905m",
             "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super",
         ),
+        ("jetson-r32.7", L4T_OLD, "989m", "NVIDIA Jetson Nano Developer Kit"),
         ("jetson-r35.4", L4T, "1692m", "NVIDIA Jetson Xavier NX Developer Kit"),
         ("jetson-r38.2", SBSA, "8192m", "NVIDIA Jetson AGX Thor Developer Kit"),
         ("jetson-r39.2", SBSA, "8192m", "NVIDIA Jetson AGX Orin Developer Kit"),
@@ -59,6 +61,11 @@ def test_jetson_gets_the_image_of_its_release(device, board, nvidia_image, shm, 
     assert run.command == [
         "run", *jetson_container(shm, model), *VOLUME, "--rm", "flower-embedded:gpu", *ARGUMENTS,
     ]  # fmt: skip
+    assert run.trial == [
+        "run", "--rm", "--runtime", "nvidia", "--shm-size", shm, "--group-add", "44",
+        "--group-add", "104", "--entrypoint", "python3", "flower-embedded:gpu",
+        "-c", "import torch",
+    ]  # fmt: skip
     assert f"building flower-embedded-base:gpu on {nvidia_image}, once" in run.out
 
 
@@ -73,7 +80,7 @@ def test_detached_jetson_comes_back(device):
 @pytest.mark.parametrize(
     "board, model, parts",
     [
-        ("jetson-r32.7", "NVIDIA Jetson Nano Developer Kit", ["R32.7", "Python 3.6"]),
+        ("jetson-r32.5", "NVIDIA Jetson Nano Developer Kit", ["R32.5", "JetPack 4.6"]),
         ("jetson-r36.3", "NVIDIA Jetson AGX Orin Developer Kit", ["R36.3", "JetPack 6.1 or later"]),
     ],
 )
@@ -89,7 +96,26 @@ def test_older_jetpack_gives_the_reason_and_runs_the_cpu_image(device, board, mo
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("board", ["jetson-r32.7", "jetson-r36.3"])
+def test_torch_that_does_not_load_gives_the_reason_and_runs_the_cpu_image(device):
+    problem = "OSError: libcurand.so.10: cannot open shared object file"
+    run = device.jetson(*ARGUMENTS, board="jetson-r32.7", TORCH_PROBLEM=problem)
+    assert run.code == 0
+    assert run.err == (
+        f"run_jetson.sh: PyTorch does not load in NVIDIA's image ({problem}); "
+        "training on the CPU\n"
+    )
+    assert run.command[-4:] == ["flower-embedded:cpu", *ARGUMENTS]
+    assert "--runtime" not in run.command
+
+
+def test_cuda_demanded_where_torch_does_not_load_is_refused(device):
+    run = device.jetson(*ARGUMENTS, "--device=cuda", TORCH_PROBLEM="OSError: no libcurand")
+    assert run.code == 1
+    assert "--device cuda: PyTorch does not load in NVIDIA's image (OSError: no" in run.err
+    assert run.calls[-1] == run.trial
+
+
+@pytest.mark.parametrize("board", ["jetson-r32.5", "jetson-r36.3"])
 def test_cuda_demanded_of_an_older_jetpack_is_refused_at_once(device, board):
     run = device.jetson(*ARGUMENTS, "--device", "cuda", board=board)
     assert_refused(run, "run_jetson.sh: --device cuda: L4T R3", calls=False)
@@ -103,7 +129,8 @@ def test_cuda_demanded_of_an_older_jetpack_is_refused_at_once(device, board):
         ("38.4.0-20251230160601", "gpu"),
         ("36.2.0-20231218214829", "cpu"),
         ("35.6.0-20240825164610", "gpu"),
-        ("32.7.6-20241104234540", "cpu"),
+        ("32.7.6-20241104234540", "gpu"),
+        ("32.5.2-20210709090126", "cpu"),
     ],
 )
 def test_package_gives_the_release_where_the_file_is_missing(device, version, image):
