@@ -118,13 +118,16 @@ def compiled(source, path):
 
 
 class Loader(importlib.machinery.SourceFileLoader):
-    """Imports modules of newer syntax."""
+    """Imports modules, translated if this Python cannot read them."""
 
     def source_to_code(self, data, path, **options):
-        source = importlib.util.decode_source(data)
-        if FUTURE in source or ":=" in source:
-            return compiled(source, path)
-        return super().source_to_code(data, path, **options)
+        try:
+            return super().source_to_code(data, path, **options)
+        except SyntaxError:
+            source = importlib.util.decode_source(data)
+            if FUTURE in source or ":=" in source:
+                return compiled(source, path)
+            raise
 
 
 def install_loader():

@@ -529,7 +529,7 @@ ENV PIP_CONSTRAINT=/etc/pip/constraint.txt PYTHONPATH=/opt/theirs
 """
 TOO_OLD = f"""
 FROM {BASE}
-RUN echo 'import sys; sys.version_info = (3, 6, 9, "final", 0)' \\
+RUN echo 'import sys; sys.version_info = (3, 5, 2, "final", 0)' \\
     >>"$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')/sitecustomize.py"
 """
 REPLACED = f"""
@@ -578,7 +578,7 @@ def gpu(folder: Path) -> None:
     code, output = build_gpu("gpu", "nvidia")
     check(
         "the GPU base builds on it, and says that torch is kept",
-        code == 0 and "torch is kept; torchvision loads with it" in output,
+        code == 0 and "torch is kept, and loads" in output,
         f"{time.monotonic() - began:.0f} s" if code == 0 else output[-2000:],
     )
     found = json.loads(
@@ -612,8 +612,8 @@ def gpu(folder: Path) -> None:
     check("a torch that was replaced fails the build", code != 0 and "torch was replaced" in output)
     code, output = build_from("old", TOO_OLD)
     code, output = build_gpu("never", "old")
-    said = re.findall("this base image has Python 3.6, .*", output)
-    check("a base image with Python 3.6 fails the build", code != 0 and len(said) == 1, *said[:1])
+    said = re.findall("this base image has Python 3.5, .*", output)
+    check("a base image with Python 3.5 fails the build", code != 0 and len(said) == 1, *said[:1])
     code, output = build("client", "--build-arg", f"BASE_IMAGE={NAME}:gpu", ROOT)
     check(
         "the client's image builds on the GPU base", code == 0, "" if code == 0 else output[-2000:]

@@ -101,8 +101,7 @@ def test_torch_that_does_not_load_gives_the_reason_and_runs_the_cpu_image(device
     run = device.jetson(*ARGUMENTS, board="jetson-r32.7", TORCH_PROBLEM=problem)
     assert run.code == 0
     assert run.err == (
-        f"run_jetson.sh: PyTorch does not load in NVIDIA's image ({problem}); "
-        "training on the CPU\n"
+        f"run_jetson.sh: PyTorch does not load in NVIDIA's image ({problem}); training on the CPU\n"
     )
     assert run.command[-4:] == ["flower-embedded:cpu", *ARGUMENTS]
     assert "--runtime" not in run.command
