@@ -48,38 +48,6 @@ def fridge(launch, tmp_path):
     return run
 
 
-def test_fridges_train_the_head_and_see_better(start_server, fridge, service, tmp_path):
-    server, address = start_server(
-        "--secure", model=MODEL, data_dir=str(service),
-        init_weights=str(tmp_path / "start.safetensors"),
-        rounds="4", epochs="10", lr="0.1", partition="none",
-        keys=str(tmp_path / "authority"),
-    )  # fmt: skip
-    joins = next(line for line in server.lines if "--join=" in line)
-    token = joins.split("--join=")[1].split()[0]
-    for name, labels in (("a", [0, 1]), ("b", [1, 2])):
-        installed = fridge(
-            name, "install", f"--server_address={address}", f"--cid={name}", f"--join={token}"
-        )
-        assert installed.finish() == 0, installed.output
-        assert "3 classes" in installed.output
-        for label in labels:
-            for i in range(6):
-                paint(tmp_path / name / "photos" / CLASSES[label] / f"{i}.jpg", label, 50 + i)
-    refused = fridge("a", "train")
-    assert refused.finish() == 1
-    assert "sharing is off" in refused.output
-    running = []
-    for name in "ab":
-        assert fridge(name, "share", "on").finish() == 0
-        running.append(fridge(name, "train"))
-    assert server.finish() == 0, server.output
-    assert [client.finish() for client in running] == [0, 0]
-    accuracy = float(server.output.split("test accuracy ")[1].split(" %")[0])
-    assert accuracy > 90
-    assert "model.onnx, torch's class on 15 of 15 test images; model.int8.onnx, " in server.output
-
-
 def test_device_with_torch_takes_part_beside_one_without(
     start_server, start_client, fridge, service, tmp_path, monkeypatch
 ):
@@ -100,6 +68,7 @@ def test_device_with_torch_takes_part_beside_one_without(
     assert "device a joined" in server.output
     assert "device b joined" in server.output
     assert "dropped" not in server.output
+    assert "model.onnx, torch's class on 15 of 15 test images; model.int8.onnx, " in server.output
 
 
 def test_watch_looks_trains_and_stops_at_once_when_sharing_is_switched_off(
