@@ -51,6 +51,7 @@ class _Seen:
     reader: Reader | None = None
     read: int = 0
     ahead: float = 0.0
+    allowed: float = 0.0
 
 
 class Traffic:
@@ -100,7 +101,9 @@ class Traffic:
                 seen.ahead = max(0.0, seen.ahead + ahead)
                 seen.time, seen.received, seen.read = now, received, read
                 seen.acknowledged = acknowledged
-                if seen.ahead > allowed(reader):
+                # After a device's call has ended, what was under way still arrives.
+                seen.allowed = max(seen.allowed, allowed(reader))
+                if seen.ahead > seen.allowed:
                     reset(connection)
                     closed.append(peer[0])
                     self._trim_at = now + TRIM_SECONDS
