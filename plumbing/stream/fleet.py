@@ -146,6 +146,7 @@ class StreamFleet(Fleet):
         self._ports: set[int] = set()  # where these listen
         self._numbers = itertools.count(1)
         self._incoming: dict[str, Incoming] = {}  # by gRPC's name for the other end
+        self._readers: dict[tuple[str, int], Incoming] = {}  # see Traffic
         self._streams: set[asyncio.Task] = set()
         self._background: set[asyncio.Task] = set()
         self._memory = Memory(model_bytes)
@@ -305,11 +306,7 @@ class StreamFleet(Fleet):
         while True:
             await asyncio.sleep(TRAFFIC_SECONDS)
             if traffic.is_due():
-                readers = {}
-                for name, incoming in self._incoming.items():
-                    host, port = peer_name(name)
-                    readers[plain_address(host), port] = incoming
-                for address in traffic.hang_up(readers):
+                for address in traffic.hang_up(self._readers):
                     self.refusals.add(address, "it sends far more than is read")
 
     async def _watch(self, gate: Gate) -> None:
@@ -415,6 +412,10 @@ class StreamFleet(Fleet):
         incoming = self._incoming[connection] = Incoming(
             context, self._memory, large, announces, max_message_bytes
         )
+        host, port = peer_name(connection)
+        if before := self._readers.get((plain_address(host), port)):
+            incoming.bytes_read = before.bytes_read
+        self._readers[plain_address(host), port] = incoming
         try:
             session = await self._greet(context, incoming, peer)
             if self.closing:  # it came while the run ended

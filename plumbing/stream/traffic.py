@@ -13,10 +13,10 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from plumbing.addresses import plain_address
 
@@ -48,10 +48,8 @@ class _Seen:
     time: float
     received: int = 0
     acknowledged: int = 0
-    reader: Reader | None = None
     read: int = 0
     ahead: float = 0.0
-    allowed: float = 0.0
 
 
 class Traffic:
@@ -74,8 +72,13 @@ class Traffic:
         self._resident = min(self._resident, resident)
         return since > EVERY_SECONDS or resident - self._resident > GROWTH_BYTES
 
-    def hang_up(self, readers: Mapping[Peer, Reader]) -> list[str]:
-        """Close the connections that are too far ahead; return their peers' addresses."""
+    def hang_up(self, readers: dict[Peer, Any]) -> list[str]:
+        """Close the connections that are too far ahead; return their peers' addresses.
+
+        Args:
+            readers: of connections by which devices have joined; each is removed when its
+                connection is closed, since what was under way arrives after a call's end.
+        """
         self._looked, began = (now := time.monotonic()), time.thread_time()
         if self._trim_at < now:
             self._trim_at = math.inf
@@ -90,23 +93,19 @@ class Traffic:
                 acknowledged, received = COUNTERS.unpack(info)
                 reader = readers.get(peer)
                 read = reader.bytes_read if reader else 0
-                seen = self._seen[peer] = before.get(peer) or _Seen(now, reader=reader)
-                if seen.reader and seen.reader is not reader:  # it may have read more at its end
-                    seen.received = received
-                if seen.reader is not reader:
-                    seen.reader, seen.read = reader, 0
+                seen = self._seen[peer] = before.get(peer) or _Seen(now)
                 ahead = received - seen.received - FRAMING * (read - seen.read)
                 ahead -= ACKNOWLEDGED * (acknowledged - seen.acknowledged)
                 ahead -= BYTES_PER_SECOND * (now - seen.time)
                 seen.ahead = max(0.0, seen.ahead + ahead)
                 seen.time, seen.received, seen.read = now, received, read
                 seen.acknowledged = acknowledged
-                # After a device's call has ended, what was under way still arrives.
-                seen.allowed = max(seen.allowed, allowed(reader))
-                if seen.ahead > seen.allowed:
+                if seen.ahead > allowed(reader):
                     reset(connection)
                     closed.append(peer[0])
                     self._trim_at = now + TRIM_SECONDS
+        for peer in readers.keys() - self._seen.keys():
+            del readers[peer]
         self._took = time.thread_time() - began
         return closed
 
