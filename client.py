@@ -110,6 +110,8 @@ class Client:
             "device": self.trainer.device,
             **describe_board(),
         }
+        if version := getattr(self.trainer, "data_version", None):
+            properties["data_version"] = version()
         try:
             images, data = self.trainer.prepare(self._settings(config))
         except FederationError as error:

@@ -7,6 +7,7 @@ trains the head, is handed in: torch (torch_trainer.py), or ONNX Runtime and Num
 
 import hashlib
 import json
+import secrets
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ import numpy as np
 
 from federated.errors import FederationError
 from federated.settings import Settings
+from plumbing.files import write_whole
 from plumbing.photos import (
     Excluded,
     FeatureCache,
@@ -136,6 +138,24 @@ class HeadTrainer:
             return 0, 0, 0
         before, after = (head_scores(w, x[:, 0]).argmax(1) == labels for w in (old, new))
         return len(labels), int((after & ~before).sum()), int((before & ~after).sum())
+
+    def data_version(self) -> str:
+        """Return what changes with the photographs to train on, and shows nothing of them.
+
+        The server learns from it that there is something new. It is salted, so that nobody can
+        find out whether a known photograph is here.
+        """
+        digest = hashlib.sha256(self._salt())
+        for photo in self.scan():
+            digest.update(f"{photo.label} {self.cache.hash_of(photo.path)} ".encode())
+        return digest.hexdigest()[:16]
+
+    def _salt(self) -> bytes:
+        path = self.cache.folder.parent / "salt"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, secrets.token_bytes(16))
+        return path.read_bytes()
 
     def prepare(self, settings: Settings) -> tuple[int, str]:
         """Return how many photographs it will train on, and which in words."""

@@ -7,6 +7,7 @@ images, where a run begins, the rounds, and what it leaves on the disk.
 import argparse
 import importlib.util
 import json
+import pickle
 import platform
 import secrets
 import shlex
@@ -35,11 +36,11 @@ from federated.rounds import (
     Step,
     synchronous,
 )
-from federated.settings import RunSettings
+from federated.settings import OPEN_ENDED, RunSettings
 from federated.strategies import Strategy, make_strategy, state_of_version_1
 from federated.updates import Bounds, Update, Weights, fingerprint, make_update
 from plumbing import cli
-from plumbing.checkpoints import load_checkpoint, load_fitting
+from plumbing.checkpoints import choose_fitting, load_checkpoint, load_fitting
 from plumbing.photos import Photo
 from plumbing.picture import draw_report
 from plumbing.publish import PUBLISHED, Publication
@@ -53,6 +54,8 @@ from torch_trainer import TorchTrainer, code_of, find_model, has_head, source_ha
 
 ROOT = Path(__file__).resolve().parent
 MAX_OWN_WEIGHT = 1000.0
+NEW_ROUNDS = 20  # of a service without an end, in which it learns what is new on a device
+TORCHVISION = "torchvision:"
 UPDATE_COPIES = 5  # at most, of a device's update in memory while Flower's strategies aggregate
 
 
@@ -91,19 +94,26 @@ class Task:
         self.testset = HeadTest(self.data_dir)
         self._build(settings)
 
-    def load(self, path: Path, new_head: bool = False) -> None:
+    def load(self, source: str, new_head: bool = False) -> None:
         """Start from a file; of the model's arrays only those that it has may be missing there.
 
         Args:
+            source: the file, or torchvision:NAME for its published weights, by the Internet.
             new_head: take what fits, and leave the rest at its random start.
         """
         state = {name: value.cpu().numpy() for name, value in self.net.state_dict().items()}
         own = utils.get_weights(self.net)
-        like = {n: a for n, a in state.items() if path.name != FROZEN or n not in own}
-        fits, left_out = load_fitting(path, like, self.model, new_head)
+        if source.startswith(TORCHVISION):
+            found = published_weights(source.removeprefix(TORCHVISION))
+            like = state
+            fits, left_out = choose_fitting(source, found, like, self.model, new_head)
+        else:
+            path = Path(source).expanduser()
+            like = {n: a for n, a in state.items() if path.name != FROZEN or n not in own}
+            fits, left_out = load_fitting(path, like, self.model, new_head)
         self.net.load_state_dict({n: torch.tensor(a) for n, a in fits.items()}, strict=False)
         if left_out:
-            print(f"of {path} these do not fit and are left out: {', '.join(left_out)}")
+            print(f"of {source} these do not fit and are left out: {', '.join(left_out)}")
         if missing := [name for name in like if name not in fits]:
             print(f"these start at random: {', '.join(missing)}")
 
@@ -181,6 +191,29 @@ class Task:
         return result
 
 
+def published_weights(name: str) -> dict[str, np.ndarray]:
+    """Return the newest weights that torchvision publishes for one of its models.
+
+    Raises:
+        FederationError: it has no such model, or they cannot be downloaded.
+    """
+    from torchvision.models import get_model_weights
+
+    try:
+        weights = get_model_weights(name).DEFAULT
+    except ValueError:
+        raise FederationError(
+            f"torchvision has no model '{name}' with weights; its documentation lists them"
+        ) from None
+    try:
+        state = torch.hub.load_state_dict_from_url(
+            weights.url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise FederationError(f"cannot get {weights.url}: {error}") from None
+    return {name: value.numpy() for name, value in state.items()}
+
+
 def open_start(
     settings: RunSettings, args: argparse.Namespace, task: Task, strategy: Strategy, bounds: Bounds
 ) -> tuple[Weights, int | None]:
@@ -191,7 +224,7 @@ def open_start(
     weights = utils.get_weights(task.net)
     run_frozen = Path(args.run_dir or "", PUBLISHED, FROZEN)
     if args.resume is not None and run_frozen.exists():
-        task.load(run_frozen)
+        task.load(str(run_frozen))
     if args.resume is not None:
         finished_round, weights, state, memory = load_checkpoint(
             Path(args.run_dir), weights, settings.model
@@ -204,7 +237,7 @@ def open_start(
             task.threads.set(memory["threads"])
         return weights, finished_round
     if args.init_weights:
-        task.load(Path(args.init_weights).expanduser(), args.new_head)
+        task.load(args.init_weights, args.new_head)
         return utils.get_weights(task.net), None
     return weights, None
 
@@ -244,6 +277,7 @@ def make_plan(
         seed=settings.seed,
         own=own,
         equal=settings.weighting == "equal",
+        new_rounds=NEW_ROUNDS if settings.rounds == OPEN_ENDED else 0,
         every=every,
     )
 

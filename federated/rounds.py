@@ -299,6 +299,8 @@ class Plan:
         evaluate: the new model's test results, "loss" among them.
         own: trains in each round on what the server itself has; returns the update and its weight.
         equal: each device counts as much as any other, however many examples it has.
+        new_rounds: rounds for which a device's data count as new; a round begins when
+            `min_num_clients` idle devices have new ones. 0: all of them always have.
         every: seconds from the beginning of one round to that of the next, at least.
     """
 
@@ -315,6 +317,7 @@ class Plan:
     seed: int = 0
     own: Callable[[int, Weights], tuple[Update, int]] | None = None
     equal: bool = False
+    new_rounds: int = 0
     every: float = 0.0
 
 
@@ -375,17 +378,61 @@ def synchronous(
     Raises:
         FederationError: a round has no new model after as many retries as the plan allows.
     """
-    bounds = bounds or Bounds()
+    bounds, news = bounds or Bounds(), _News(plan.new_rounds)
     due = 0.0
     for server_round in range(plan.first_round, plan.rounds + 1):
         while (left := due - time.monotonic()) > 0:
             if event := fleet.wait(left):
                 observe(event)
+        news.wait(fleet, plan.min_num_clients, server_round, observe)
         due = time.monotonic() + plan.every
         this_round = _Round(server_round, fleet, strategy, weights, plan, bounds, observe)
         step = this_round.finish()
         weights = step.weights
+        news.add_round([contribution.device for contribution in step.contributions])
         yield replace(step, device_scores=this_round.evaluate_on_devices(weights))
+
+
+class _News:
+    """Which devices have something new to train on.
+
+    A device may report of itself a "data_version", which changes with its data. They are new
+    until it has trained on them in so many rounds.
+    """
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+        self.trained: dict[tuple[str, Any], int] = {}  # rounds, by name and version of the data
+
+    def has(self, device: Device) -> bool:
+        version = device.properties.get("data_version")
+        known = version is not None and self.rounds
+        return not known or self.trained.get((device.cid, version), 0) < self.rounds
+
+    def add_round(self, devices: Sequence[Device]) -> None:
+        for device in devices:
+            key = device.cid, device.properties.get("data_version")
+            self.trained[key] = self.trained.pop(key, 0) + 1
+        while len(self.trained) > 100_000:  # data that nobody has any more
+            del self.trained[next(iter(self.trained))]
+
+    def wait(self, fleet: Fleet, count: int, server_round: int, observe: Observer) -> None:
+        """Handle events until so many idle devices have something new."""
+        shown = False
+        while self.rounds:
+            while event := fleet.wait(0):
+                observe(event)
+            idle = fleet.idle()
+            new = sum(map(self.has, idle))
+            # With too few devices there is a message on that already.
+            if new >= count or len(idle) < count:
+                return
+            if not shown:
+                text = f"round {server_round} begins when {count} devices have new data"
+                observe(Notice(f"{text}; {new} of {len(idle)} have"))
+            shown = True
+            if event := fleet.wait():
+                observe(event)
 
 
 class NoModel(Exception):

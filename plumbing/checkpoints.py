@@ -77,7 +77,7 @@ def load_checkpoint(
         FederationError: as for `load_fitting`; or it does not note its round.
     """
     found = read_checkpoint(directory)
-    weights = _check_weights(found.file, found.arrays, like, model)
+    weights = _check_weights(str(found.file), found.arrays, like, model)
     if found.warning:
         print(found.warning, file=sys.stderr)
     state = {
@@ -101,6 +101,17 @@ def load_fitting(
     """
     _, arrays = _read(path)
     found = {name: array for name, array in arrays.items() if not name.startswith(STATE)}
+    return choose_fitting(str(path), found, like, model, new_rest)
+
+
+def choose_fitting(
+    source: str,
+    found: Mapping[str, np.ndarray],
+    like: Mapping[str, np.ndarray],
+    model: str,
+    new_rest: bool = False,
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Do as `load_fitting`, with arrays that were read from `source`."""
     fits = {
         name: found[name]
         for name, array in like.items()
@@ -108,7 +119,7 @@ def load_fitting(
     }
     if not new_rest or not fits:
         shared = {name: array for name, array in found.items() if name in like}
-        fits = _check_weights(path, shared or found, like, model)
+        fits = _check_weights(source, shared or found, like, model)
     return fits, [name for name in found if name not in fits]
 
 
@@ -196,7 +207,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
 
 def _check_weights(
-    path: Path, arrays: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray], model: str
+    path: str, arrays: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray], model: str
 ) -> dict[str, np.ndarray]:
     """Return the model's arrays in the order of `like`; FederationError if they do not fit."""
     found = {name: array for name, array in arrays.items() if not name.startswith(STATE)}

@@ -28,7 +28,9 @@ def server_parser(description: str | None, **kwargs: str) -> cli.Parser:
         "CIFAR-10, or test/<class>/*; or synthetic (default: data/)",
         metavar="DIR",
     )
-    parser.flag("init_weights", "start from this .safetensors file", metavar="FILE")
+    parser.flag(
+        "init_weights", "start from this .safetensors file, or torchvision:NAME", metavar="FILE"
+    )
     parser.switch(
         "new_head", "what --init_weights does not have, or has in another size, starts at random"
     )

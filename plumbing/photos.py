@@ -205,7 +205,7 @@ class FeatureCache:
 
     def features_of(self, path: Path) -> np.ndarray:
         """Return the (count, D) features of a photograph; computed where they are new."""
-        digest = self._hash(path)
+        digest = self.hash_of(path)
         cached = self.folder / f"{digest}.npy"
         try:
             with cached.open("rb") as file:
@@ -220,7 +220,7 @@ class FeatureCache:
             self._write(cached, array)
         return array
 
-    def _hash(self, path: Path) -> str:
+    def hash_of(self, path: Path) -> str:
         """Return the SHA-256 of a file; one that has not changed is not read again."""
         state = path.stat()
         stamp = (state.st_mtime_ns, state.st_size)

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import SqueezeNet
 
 
 class Tiny(nn.Module):
@@ -21,3 +22,12 @@ class Tiny(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(x))
+
+
+class Squeeze(SqueezeNet):
+    """A model of torchvision, to begin with its published weights."""
+
+    image_size = 64
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__("1_1", num_classes)
