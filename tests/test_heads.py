@@ -159,3 +159,15 @@ def test_a_fixed_quarter_is_set_apart(photos):
     assert (len(rest), len(apart)) == (14, 4)
     assert not {p.path for p in rest} & {p.path for p in apart}
     assert set_apart(labelled(photos, CLASSES)) == (rest, apart)
+
+
+def test_version_of_the_data_changes_with_the_photographs_and_shows_none(net, card, photos):
+    fridge = trainer(card, TorchBackbone(net), photos)
+    first = fridge.data_version()
+    assert trainer(card, TorchBackbone(net), photos).data_version() == first
+    draw(photos / "Milk" / "new.jpg", 999)
+    assert fridge.data_version() != first
+    (photos / "Milk" / "new.jpg").unlink()
+    assert fridge.data_version() == first
+    (photos.parent / "cache" / "salt").write_bytes(b"another device with the same photographs")
+    assert fridge.data_version() != first
