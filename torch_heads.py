@@ -241,7 +241,9 @@ class Publisher:
         self.changes = (0, 0)  # what it had newly right and newly wrong at the gate
         self.best: tuple[float, Weights] | None = None  # by the gate
         self.fixed = {
-            FROZEN: encode_weights(frozen_arrays(net), {"frozen": card.frozen}),
+            # Without notes: safetensors writes several in any order, and a server that starts again
+            # would have another file, which all devices would fetch.
+            FROZEN: encode_weights(frozen_arrays(net), {}),
             BACKBONE: to_onnx(net, card.image_size, features=True),
         }
 

@@ -428,7 +428,7 @@ class _News:
             if new >= count or len(idle) < count:
                 return
             if not shown:
-                text = f"round {server_round} begins when {count} devices have new data"
+                text = f"round {server_round} begins when {count} device(s) have new data"
                 observe(Notice(f"{text}; {new} of {len(idle)} have"))
             shown = True
             if event := fleet.wait():

@@ -41,7 +41,7 @@ def fridges(**versions):
 def test_no_round_begins_when_all_have_trained_on_what_they_have():
     asked, notices = rounds_of(fridges(a="1", b="2"), rounds=9, count=2)
     assert asked == [["a", "b"]] * 2
-    assert notices == ["round 3 begins when 2 devices have new data; 0 of 2 have"]
+    assert notices == ["round 3 begins when 2 device(s) have new data; 0 of 2 have"]
 
 
 def test_device_that_comes_back_with_new_photographs_begins_rounds_again():

@@ -97,3 +97,29 @@ def test_watch_looks_trains_and_stops_at_once_when_sharing_is_switched_off(
     assert (tmp_path / "a" / "model" / "personal.safetensors").exists()
     watching.signal(signal.SIGTERM)
     assert watching.finish() == 143
+
+
+def test_service_waits_for_news_and_goes_on_after_it_was_killed(
+    start_server, fridge, service, tmp_path
+):
+    flags = {"model": MODEL, "data_dir": str(service), "min_num_clients": "1"}
+    start = str(tmp_path / "start.safetensors")
+    server, address = start_server("--open_ended", init_weights=start, **flags)
+    assert fridge("a", "install", f"--server_address={address}", "--cid=a").finish() == 0
+    for i in range(4):
+        paint(tmp_path / "a" / "photos" / "Milk" / f"{i}.jpg", 1, 70 + i)
+    assert fridge("a", "share", "on").finish() == 0
+    training = fridge("a", "train", "--stay")
+    server.wait_for(r"round 20  devices 1/1")
+    server.wait_for(r"round 21 begins when 1 device\(s\) have new data; 0 of 1 have")
+    frozen = (tmp_path / "run" / "published" / "frozen.safetensors").read_bytes()
+    server.signal(signal.SIGKILL)
+    server.finish()
+    resumed, _ = start_server(
+        f"--resume={tmp_path / 'run'}", server_address=address, data_dir=str(service)
+    )
+    resumed.wait_for(r"round 21  devices 1/1")
+    assert (tmp_path / "run" / "published" / "frozen.safetensors").read_bytes() == frozen
+    for process in (training, resumed):
+        process.signal(signal.SIGTERM)
+        process.finish()
