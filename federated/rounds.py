@@ -229,6 +229,7 @@ class Fleet(ABC):
 
     def __init__(self) -> None:
         self.devices: dict[str, Device] = {}
+        self._awaited: dict[str, Job] = {}  # by cid, jobs whose Results are waited for
 
     def idle(self) -> list[Device]:
         """Return the devices that can be asked, by name, so that chance plays no part."""
@@ -237,6 +238,7 @@ class Fleet(ABC):
     def start(self, device: Device, job: Job) -> None:
         """Give a job to an idle device. Returns at once; `wait` brings its Result."""
         device.job, device.late = job, False
+        self._awaited[device.cid] = job
         self._start(device, job)
 
     def abandon(self, device: Device, job: Job, patience: float | None = None) -> None:
@@ -247,6 +249,8 @@ class Fleet(ABC):
         """
         if device.job is job:
             device.job, device.late = None, True  # a late job keeps no model in memory
+        if self._awaited.get(device.cid) is job:
+            del self._awaited[device.cid]
         self._abandon(device, job, patience)
 
     def wait(self, timeout: float | None = None) -> Event | None:
@@ -259,9 +263,16 @@ class Fleet(ABC):
                 device.gone, device.job = reason, None
                 if self.devices.get(device.cid) is device:
                     del self.devices[device.cid]
-            case Resumed(device, job):
-                device.job = job
-            case Result(device) | Freed(device):
+            case Resumed(device, job):  # it may have come back just when it was given up
+                if self._awaited.get(device.cid) is job:
+                    device.job = job
+                else:
+                    device.late = True
+            case Result(device, job):
+                device.job, device.late = None, False
+                if self._awaited.get(device.cid) is job:
+                    del self._awaited[device.cid]
+            case Freed(device):
                 device.job, device.late = None, False
         return event
 
@@ -647,14 +658,16 @@ class _Round:
                     self.fleet.abandon(device, job, patience=timeout)
                     drop(device, f"no reply in {timeout:g} s")
                 deadline = time.monotonic() + timeout  # for those that were lost and are back
-        for device, job in expected.values():
-            self.fleet.abandon(device, job)
+        for device, job in expected.values():  # one may be coming back at this moment
+            self.fleet.abandon(device, job, patience=timeout)
             drop(device, LOST)
 
     def _take(self, result: Result, training: "Training", limit: float) -> None:
         """Count a result, or drop it with the reason."""
         device, update, problem = result.device, result.update, result.problem
         at_fault = result.at_fault
+        if update and (objection := self.strategy.objection_to(update)):
+            problem, update, at_fault = objection, None, True
         if update and update.norm > limit:
             problem = (
                 f"its update has norm {update.norm:.3g}, above the limit of {limit:.3g}; "

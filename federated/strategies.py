@@ -23,14 +23,14 @@ import flwr.serverapp.strategy
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, QFedAvg
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from federated.classes import load_class
 from federated.errors import FederationError
 from federated.rounds import Device, Job, NoModel
 from federated.settings import STRATEGIES, check_strategy, underscored
-from federated.updates import Scalar, Score, Update, Weights, clean_metrics
+from federated.updates import Scalar, Score, Update, Weights, checksum, clean_metrics
 
 # One reply that holds the weighted mean gives with these what all replies together give.
 MEAN_IS_ENOUGH = {
@@ -180,6 +180,18 @@ class Strategy:
         own = self.minimums[minimum]
         setattr(self.flower, minimum, own if own > self.min_sample_size else count)
 
+    def objection_to(self, update: Update) -> str | None:
+        """Return why the strategy cannot aggregate an update, or None.
+
+        QFedAvg weighs by the training loss (Li et al. 2020, arXiv:1905.10497), and would refuse
+        the whole round.
+        """
+        loss = update.metrics.get("loss")
+        known = type(loss) in (int, float) and 0 <= float(loss or 0) < float("inf")
+        if known or not isinstance(self.flower, QFedAvg):
+            return None
+        return f"it reports the training loss {str(loss)[:40]!a}, which QFedAvg needs"
+
     def state(self) -> tuple[Weights, dict[str, Any]]:
         """Return what it remembers from round to round: arrays by name, and the rest for JSON.
 
@@ -281,7 +293,10 @@ class _Asked:
                 model = self.weights
                 if record is not self.arrays:
                     model = model | self._floats(record)
-                distinct[key] = Job(job_id, version, model, config, self.kind)
+                # So that no update counts which was trained from other weights: a run may have
+                # been resumed from an older copy of its directory.
+                name = f"{job_id}-{checksum(model):08x}"
+                distinct[key] = Job(name, version, model, config, self.kind)
             jobs.append((device, distinct[key]))
         return jobs
 
@@ -385,7 +400,7 @@ class Training(_Asked):
         for device, (update, weight) in sorted(self.updates.items(), key=lambda i: i[0].cid):
             metrics = {name: update.metrics[name] for name in shown}
             if "loss" in shown:
-                metrics["train_loss"] = update.metrics["loss"]  # as QFedAvg calls it
+                metrics["train_loss"] = float(update.metrics["loss"])  # as QFedAvg calls it
             metrics["num-examples"] = weight
             moved = self._moved(update.delta.items())
             replies.append(_reply(self.requests[device], metrics, moved))

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ MOST_DEVICES = 100_000
 PUBLISHED = "published"  # the folder of a run with what its devices fetch
 
 
-SURE = 0.05  # a model that is worse by chance alone is that as often at most
+SURE = Fraction(1, 20)  # a model that is worse by chance alone is that as often at most
 
 
 def is_worse(right: int, wrong: int) -> bool:
@@ -32,7 +33,7 @@ def is_worse(right: int, wrong: int) -> bool:
     """
     changes = right + wrong
     tail = sum(math.comb(changes, k) for k in range(wrong, changes + 1))
-    return changes > 0 and tail <= SURE * 2**changes
+    return changes > 0 and tail <= 2**changes * SURE.numerator // SURE.denominator
 
 
 class Publication:

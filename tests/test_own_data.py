@@ -14,7 +14,16 @@ MODEL = {"w": np.zeros(2, np.float32)}
 
 @pytest.mark.parametrize(
     ("right", "wrong", "worse"),
-    [(0, 0, False), (0, 4, False), (0, 5, True), (3, 9, False), (3, 10, True), (50, 40, False)],
+    [
+        (0, 0, False),
+        (0, 4, False),
+        (0, 5, True),
+        (3, 9, False),
+        (3, 10, True),
+        (50, 40, False),
+        (2000, 0, False),
+        (1000, 2000, True),
+    ],
 )
 def test_exact_sign_test(right, wrong, worse):
     assert is_worse(right, wrong) is worse

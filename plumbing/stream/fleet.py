@@ -53,7 +53,8 @@ from plumbing.security.gate import Door, Gate, Peer, peer_address, peer_name
 from plumbing.security.identity import ENROL
 from plumbing.stream import wire
 from plumbing.stream.device import ANNOUNCE
-from plumbing.stream.session import GOODBYE_SECONDS, Reply, Session, Work
+from plumbing.stream.fetch import MAX_FILE_BYTES
+from plumbing.stream.session import GOODBYE_SECONDS, Reply, Session, Work, write_in_time
 from plumbing.stream.traffic import Traffic
 from plumbing.stream.turns import OFFER_BYTES, Incoming, Memory
 
@@ -364,11 +365,11 @@ class StreamFleet(Fleet):
         try:
             request = json.loads(await incoming.read_words(HANDSHAKE_SECONDS))
             wanted, offset = str(request["file"]), int(request.get("offset", 0))
-            if offset < 0:
+            if not 0 <= offset <= MAX_FILE_BYTES:
                 raise ValueError
         except Exception:  # of bytes from anyone: nearly anything
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "this asks for no file")
-        if not self.publication:
+        if not (self.publication and self.publication.card):
             await context.abort(grpc.StatusCode.NOT_FOUND, "this server hands out no model")
         if wanted == CARD and "counts" in request:
             with contextlib.suppress(Exception):  # of bytes from anyone
@@ -378,11 +379,17 @@ class StreamFleet(Fleet):
         if wanted == CARD:
             await context.write(self.publication.card)
             return
-        while piece := await asyncio.to_thread(
-            self.publication.read, wanted, offset, FETCH_PIECE_BYTES
-        ):
-            offset += len(piece)
-            await context.write(piece)
+        end_turn = await self._memory.fetching.take()
+        try:
+            while piece := await asyncio.to_thread(
+                self.publication.read, wanted, offset, FETCH_PIECE_BYTES
+            ):
+                offset += len(piece)
+                await write_in_time(context, piece)
+        except BadReply as error:
+            await context.abort(grpc.StatusCode.ABORTED, str(error))
+        finally:
+            end_turn()
 
     async def _announce(self, _: Any, context: grpc.aio.ServicerContext, peer: Peer) -> None:
         """Note that a reply is on its way on the connection by which the device has joined.
@@ -464,9 +471,12 @@ class StreamFleet(Fleet):
         try:
             data = await incoming.read_words(GREETING_SECONDS)
             properties = wire.decode_properties_reply(data) or {}
-        except (BadReply, TimeoutError) as error:
-            reason = f"it did not report what it is ({error or 'no answer'})"
+        except BadReply as error:
+            reason = f"it did not report what it is ({error})"
             await self._refuse(context, grpc.StatusCode.INVALID_ARGUMENT, address, reason)
+        except TimeoutError:  # others may have held it up: it can try again
+            reason = "it did not report what it is in time"
+            await self._refuse(context, grpc.StatusCode.ABORTED, address, reason)
         claimed = str(properties.get("cid", ""))
         if self.gate and claimed != peer.cid:
             reason = (
@@ -535,7 +545,8 @@ class StreamFleet(Fleet):
                 try:
                     await incoming.read_words(patience)
                 except (TimeoutError, BadReply):
-                    deadline = 0.0
+                    reason = "it did not answer while it waited for its name"
+                    await self._refuse(context, grpc.StatusCode.ABORTED, device.name, reason)
             if time.monotonic() > deadline:
                 reason = f"a device with --cid={device.cid} is connected already; give each its own"
                 if self.gate:

@@ -208,26 +208,10 @@ class Session:
                 if not (message := next(messages, b"")):  # made now, not while it waited
                     return start, sent
                 sent += len(message)
-                await self._write(message)
+                await write_in_time(self.context, message)
                 del message  # it would be kept until the next turn, 10 MB a device
             finally:
                 end_turn()
-
-    async def _write(self, message: bytes) -> None:
-        """Send a part of the model, or all of it.
-
-        Raises:
-            BadReply: the device does not take it, or not fast enough.
-        """
-
-        async def write() -> bool:
-            await self.context.write(message)
-            return True
-
-        allowed = STALL_SECONDS + len(message) / MIN_BYTES_PER_SECOND
-        taken, waited = await counting_seconds(write(), allowed)
-        if not taken:
-            raise BadReply(f"did not take {len(message):,} bytes of the model in {waited:.0f} s")
 
     def _messages(self, work: Work) -> Iterator[bytes]:
         if work.resumed:
@@ -282,6 +266,23 @@ class Session:
             await asyncio.sleep(0.5)
             raise BadReply("closed the connection")
         return cast(bytes, data)
+
+
+async def write_in_time(context: grpc.aio.ServicerContext, message: bytes) -> None:
+    """Send a part of a model, or all of it.
+
+    Raises:
+        BadReply: the device does not take it, or not fast enough.
+    """
+
+    async def write() -> bool:
+        await context.write(message)
+        return True
+
+    allowed = STALL_SECONDS + len(message) / MIN_BYTES_PER_SECOND
+    taken, waited = await counting_seconds(write(), allowed)
+    if not taken:
+        raise BadReply(f"did not take {len(message):,} bytes of the model in {waited:.0f} s")
 
 
 async def counting_seconds(

@@ -22,6 +22,7 @@ SENDING_BYTES = 32 << 20
 RECEIVING_BYTES = 96 << 20  # updates that are sent, until they have been dealt with
 SLOW_BYTES = 192 << 20  # of these, and of those whose turn has passed on
 WHOLE_BYTES = 384 << 20  # 8 of ResNet18: this many stock clients may be training
+FETCHES = 64  # of the newest model, half a MB each
 GREETING_BYTES = 96 << 20  # if all that greet are hostile; an honest greeting has some kB
 
 # Within this time, and then at this rate, a device has to send what it has announced.
@@ -84,6 +85,7 @@ class Memory:
         # Apart: who announces nothing can hold up only the others that do not.
         self.greeting = Turns(max(2, GREETING_BYTES // model_bytes))
         self.greeting_unannounced = Turns(max(2, GREETING_BYTES // model_bytes))
+        self.fetching = Turns(FETCHES)
 
 
 class Incoming:

@@ -377,7 +377,7 @@ def encode_fit_failure(reason: str) -> bytes:
     """Report that the training failed, and why."""
     message = ClientMessage()
     message.fit_res.status.code = Code.FIT_NOT_IMPLEMENTED  # the nearest that Flower has
-    message.fit_res.status.message = reason
+    message.fit_res.status.message = _text(reason)
     return message.SerializeToString()
 
 
@@ -395,7 +395,7 @@ def encode_evaluate_failure(reason: str) -> bytes:
     """Report that the evaluation failed, and why."""
     message = ClientMessage()
     message.evaluate_res.status.code = Code.EVALUATE_NOT_IMPLEMENTED
-    message.evaluate_res.status.message = reason
+    message.evaluate_res.status.message = _text(reason)
     return message.SerializeToString()
 
 
@@ -617,10 +617,15 @@ def _scalar(value: Any) -> Scalar:
     if isinstance(value, float):
         return Scalar(double=value)
     if isinstance(value, str):
-        return Scalar(string=value)
+        return Scalar(string=_text(value))
     if isinstance(value, bytes):
         return Scalar(bytes=value)
     raise ValueError(f"{value!r} is of type {type(value).__name__}, which no message can hold")
+
+
+def _text(value: str) -> str:
+    """Return a text that a message can hold: the name of a file may be no UTF-8."""
+    return value.encode(errors="replace").decode()
 
 
 def _scalars(field: Any) -> Scalars:

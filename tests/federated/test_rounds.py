@@ -1,9 +1,11 @@
 """The synchronous schedule, on a fleet in memory: who is asked, what counts, when it ends."""
 
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import flwr.serverapp.strategy
@@ -15,6 +17,7 @@ from federated.rounds import (
     REVOKED,
     Clipped,
     Dropped,
+    Job,
     Offered,
     Plan,
     Result,
@@ -137,8 +140,47 @@ def test_round_without_a_usable_reply_is_repeated_and_then_ends_the_run():
         run.finish()
     assert [(r.attempt, r.attempts, r.good_replies) for r in run.retries] == [(1, 2, 0), (2, 2, 0)]
     for _, job in run.fleet.asked:  # the same work, under the same name
-        assert job.id == "1"
+        assert job.id == run.fleet.asked[0][1].id
+        assert job.id.startswith("1-")
         np.testing.assert_array_equal(job.model["w"], small_model()["w"])
+
+
+def test_work_from_other_weights_has_another_name():
+    """A run may be resumed from an older copy of its directory: offers of then must not count."""
+    run = Run(MemoryFleet({"0": adding(1)}), rounds=2, job_id=lambda _: "same").finish()
+    names = [job.id for _, job in run.fleet.asked]
+    assert len({*names}) == len(names) == 2
+
+
+def test_device_that_comes_back_just_as_it_is_given_up_is_late_not_busy():
+    fleet = MemoryFleet({"0": silent})
+    fleet.settle()
+    device, job = fleet.devices["0"], Job("1", 0, small_model(), {})
+    fleet.start(device, job)
+    fleet.leave("0")
+    fleet.come_back("0", job)
+    fleet.abandon(device, job)  # by a schedule that has seen nothing of it yet
+    fleet.settle()
+    assert fleet.devices["0"] is not device
+    assert fleet.devices["0"].state == "late"
+
+
+@pytest.mark.parametrize("loss", [None, "low", -5.0, math.nan])
+def test_device_without_a_loss_does_not_cost_qfedavg_its_round(loss):
+    class Reporting(MemoryFleet):
+        def _next(self, timeout):
+            event = super()._next(timeout)
+            if isinstance(event, Result) and event.device.cid == "1":
+                metrics = {} if loss is None else {"loss": loss}
+                return replace(event, update=replace(event.update, metrics=metrics))
+            return event
+
+    run = Run(Reporting({"0": adding(1), "1": adding(1)}), "QFedAvg").finish()
+    ((name, reason),) = run.steps[0].dropped
+    assert name == "device 1"
+    assert re.fullmatch(r"it reports the training loss .*, which QFedAvg needs", reason)
+    assert moved(run.steps[0]) != 0
+    assert run.fleet.devices["1"].failures == 1
 
 
 def test_training_that_diverges_on_every_device_names_the_learning_rate():

@@ -1,12 +1,14 @@
 """The newest model comes to a device: in pieces, checked, and never an older one."""
 
 import json
+import time
 
 import grpc
 import pytest
 
 from federated.errors import FederationError
 from plumbing.publish import Publication
+from plumbing.stream import session
 from plumbing.stream.fetch import fetch_model, read_card
 
 FILES = {"backbone.onnx": bytes(range(256)) * 4000, "head.safetensors": b"head" * 1000}
@@ -95,7 +97,17 @@ def test_file_name_that_leaves_the_folder_is_refused(service, tmp_path, name):
         fetch_model(service.address, None, tmp_path / "model", (name,))
 
 
-@pytest.mark.parametrize("request_", [b"", b"{}", b"\xff", b'{"file": "x", "offset": -1}', b"[1]"])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"",
+        b"{}",
+        b"\xff",
+        b'{"file": "x", "offset": -1}',
+        b"[1]",
+        b'{"file": "x", "offset": 1%s}' % (b"0" * 30),
+    ],
+)
 def test_request_that_makes_no_sense_is_refused(service, request_):
     service.publication.publish({}, FILES)
     with grpc.insecure_channel(service.address) as channel:
@@ -105,7 +117,24 @@ def test_request_that_makes_no_sense_is_refused(service, request_):
     assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_server_without_a_model_for_devices_reports_that(open_fleet, tmp_path):
+def test_caller_that_does_not_read_is_cut_off(service, monkeypatch):
+    monkeypatch.setattr(session, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(session, "MIN_BYTES_PER_SECOND", 1e9)
+    service.publication.publish({}, {"backbone.onnx": bytes(64 << 20)})
+    request = json.dumps({"file": next(iter(service.publication.files))}).encode()
+    with grpc.insecure_channel(service.address) as channel:
+        call = channel.stream_stream("/plumbing.Fleet/Fetch")(iter([request]), timeout=60)
+        next(call)
+        time.sleep(2)
+        with pytest.raises(grpc.RpcError, match="did not take 262,144 bytes of the model"):
+            list(call)
+    assert call.code() == grpc.StatusCode.ABORTED
+
+
+@pytest.mark.parametrize("publication", [None, "not published yet"])
+def test_server_without_a_model_for_devices_reports_that(open_fleet, tmp_path, publication):
+    fleet = open_fleet()
+    fleet.publication = publication and Publication(tmp_path / "published")
     with pytest.raises(grpc.RpcError) as error:
-        fetch_model(open_fleet().address, None, tmp_path, WANTED)
+        fetch_model(fleet.address, None, tmp_path, WANTED)
     assert error.value.details() == "this server hands out no model"

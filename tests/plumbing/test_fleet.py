@@ -16,6 +16,7 @@ import pytest
 from federated.errors import FederationError, Refused
 from federated.rounds import Device, Job, Result
 from plumbing.stream import device as transport
+from plumbing.stream import fleet as fleet_module
 from plumbing.stream import wire
 from plumbing.stream.fleet import StreamFleet
 from tests.conftest import Link
@@ -267,6 +268,21 @@ def test_client_that_answers_nonsense_is_refused(open_fleet, greeting):
     recorder.until(recorder.lines)
     assert "it did not report what it is" in recorder.lines()[0]
     assert fleet.devices == {}
+
+
+def test_client_that_is_held_up_before_it_greets_may_try_again(open_fleet, monkeypatch):
+    monkeypatch.setattr(fleet_module, "GREETING_SECONDS", 0.3)
+    recorder = Recorder(fleet := open_fleet())
+    silence = threading.Event()
+    with grpc.insecure_channel(fleet.address) as channel:
+        messages = (b"" for _ in range(1) if silence.wait(30))
+        stream = channel.stream_stream(transport.JOIN)(messages)
+        with pytest.raises(grpc.RpcError) as error:
+            list(stream)
+        silence.set()
+    assert error.value.code() not in transport.REFUSALS
+    recorder.until(recorder.lines)
+    assert recorder.lines()[0].endswith("it did not report what it is in time")
 
 
 def test_reply_far_larger_than_the_model_is_refused_before_it_is_read(open_fleet, join):

@@ -422,3 +422,11 @@ def test_update_in_chunks_is_joined_to_the_same_arrays(seed):
         replies.append((chunk, wire.encode_parameters_reply(some, chunk.skip or 0, take)))
     assert_same(list(wire.join_chunks(replies)), arrays)
     assert max(chunk.size for chunk in request.chunks) <= wire.CHUNK_BYTES
+
+
+def test_text_that_is_no_utf_8_is_sent_with_question_marks():
+    reason = "no image in 'caf\udce9'"  # as Python has the name of such a file
+    with pytest.raises(BadReply, match=r"no image in 'caf\?'"):
+        wire.decode_fit_reply(wire.encode_fit_failure(reason))
+    reply = wire.decode_properties_reply(wire.encode_properties_reply({"data": reason}))
+    assert reply == {"data": "no image in 'caf?'"}
