@@ -144,7 +144,8 @@ class ServiceTrainer(HeadTrainer):
     def __init__(
         self, card: Card, net: torch.nn.Module, photos: list[Photo], device: str = "cpu"
     ) -> None:
-        super().__init__("service", card, TorchBackbone(net, device), Path(), feature_folder())
+        nowhere = Path(os.devnull)  # it is given its photographs
+        super().__init__("service", card, TorchBackbone(net, device), nowhere, feature_folder())
         self.chosen = photos
         self.cache = server_features(net, card.views)
 

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from plumbing.addresses import check_cid, check_destination
 from plumbing.files import write_whole
 from plumbing.publish import CARD
 from plumbing.security.identity import Identity, open_identity
+from plumbing.stream.device import do_once, plain_words, serve
 from plumbing.stream.fetch import PREVIOUS, REFUSED, fetch_model
 
 
@@ -26,6 +28,7 @@ def install(argv: list[str]) -> None:
     parser.flag("server_address", "where server.py runs", required=True, metavar="HOST:PORT")
     parser.flag("cid", "this fridge's name", socket.gethostname())
     parser.flag("join", "what server.py --secure prints, or a file with it, or -", metavar="TOKEN")
+    parser.flag("max_wait_seconds", "give up after S s without server", 60.0, metavar="S")
     args = parser.parse_args(argv)
     with cli.ready("fridgecam install"):
         check_destination(args.server_address)
@@ -33,13 +36,13 @@ def install(argv: list[str]) -> None:
         home = home_of(args)
         home.make()
         identity = open_identity(home.keys, args.cid, args.join)
-        if identity:
-            identity.prepare(args.server_address, 20.0)
+        fetch = partial(fetch_model, args.server_address, identity, home.model, WANTED)
+        do_once(args.server_address, identity, fetch, args.max_wait_seconds)
         home.change(server_address=args.server_address, cid=args.cid)
-        update(home, identity)
         card = home.card()
         print(f"model version {card.version}: {len(card.classes)} classes, in {home.folder}")
-        print("nothing is shared; ./run_fridgecam.sh share on trains with the others")
+        if not home.shares:
+            print("nothing is shared; ./run_fridgecam.sh share on trains with the others")
 
 
 def identity_of(home: Home) -> Identity | None:
@@ -57,11 +60,11 @@ def update(
         NotYet: the server cannot be reached now.
         FederationError: what it offers cannot be used.
     """
+    address = home.config["server_address"]
     try:
-        address = home.config["server_address"]
         return fetch_model(address, identity, home.model, WANTED, accept) is not None
     except grpc.RpcError as error:
-        raise NotYet(f"no model from {home.config['server_address']}: {error.details()}") from None
+        raise NotYet(f"no server at {address} ({plain_words(error)})") from None
 
 
 def share(argv: list[str]) -> None:
@@ -79,7 +82,6 @@ def share(argv: list[str]) -> None:
 def train(argv: list[str]) -> None:
     """Train when the server asks, until the run is over."""
     from client import Client
-    from plumbing.stream.device import serve
 
     parser = parser_for("train", train.__doc__ or "")
     parser.switch("stay", "when the run is over, wait for the next")

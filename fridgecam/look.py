@@ -27,7 +27,10 @@ def look(argv: list[str]) -> None:
     with cli.ready("fridgecam look"):
         home = home_of(args)
         looker = Looker(home)
-        for path in photos_in(args.paths):
+        found = photos_in(args.paths)
+        if not found:
+            print(f"no photographs in {' '.join(args.paths)}")
+        for path in found:
             if home.excluded().has(path):
                 continue
             seen = "  ".join(f"{s.name} {100 * s.confidence:.0f} %" for s in looker.look(path))

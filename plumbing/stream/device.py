@@ -359,7 +359,7 @@ def _recorded(
     except grpc.RpcError as error:
         if error.code() in REFUSALS:
             raise Refused(f"the server refuses this device: {error.details()}") from None
-        outcome.reason = _plain_words(error)
+        outcome.reason = plain_words(error)
         if error.code() == grpc.StatusCode.UNAVAILABLE and not outcome.connected:
             problem, outcome.wrong_server = connection_problem(server_address, identity, seconds)
             outcome.reason = problem or outcome.reason
@@ -450,7 +450,7 @@ def _join(
             stream.cancel()
 
 
-def _plain_words(error: grpc.RpcError) -> str:
+def plain_words(error: grpc.RpcError) -> str:
     """Return gRPC's reason without its addresses, file names and repetitions."""
     details = error.details() or ""
     for words in ("Connection refused", "Connection reset", "No route to host", "Socket closed"):
