@@ -1,13 +1,18 @@
 """The commands on a fridge's computer; none of them needs torch."""
 
+import os
 import socket
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 
+from client import Client
 from federated.errors import FederationError, NotYet
 from fridgecam.home import WANTED, Home
 from fridgecam.look import home_of, parser_for
@@ -20,6 +25,8 @@ from plumbing.publish import CARD
 from plumbing.security.identity import Identity, open_identity
 from plumbing.stream.device import do_once, plain_words, serve
 from plumbing.stream.fetch import PREVIOUS, REFUSED, fetch_model
+
+SWITCH_SECONDS = 0.5  # from one look at the owner's switch to the next
 
 
 def install(argv: list[str]) -> None:
@@ -81,8 +88,6 @@ def share(argv: list[str]) -> None:
 
 def train(argv: list[str]) -> None:
     """Train when the server asks, until the run is over."""
-    from client import Client
-
     parser = parser_for("train", train.__doc__ or "")
     parser.switch("stay", "when the run is over, wait for the next")
     args = parser.parse_args(argv)
@@ -91,7 +96,8 @@ def train(argv: list[str]) -> None:
         if not home.shares:
             raise FederationError("sharing is off; ./run_fridgecam.sh share on")
         cid, identity = home.config["cid"], identity_of(home)
-        client = Client(cid, trainer_for(home))
+        client = OwnersClient(cid, trainer_for(home), home)
+        threading.Thread(target=stay_shared, args=[home], daemon=True).start()
         address = home.config["server_address"]
         serve(
             address,
@@ -101,6 +107,37 @@ def train(argv: list[str]) -> None:
             args.stay,
             identity,
         )
+
+
+class OwnersClient(Client):
+    """Sends nothing that it has trained once its owner has switched sharing off."""
+
+    def __init__(self, cid: str, trainer: HeadTrainer, home: Home) -> None:
+        super().__init__(cid, trainer)
+        self.home = home
+
+    def fit(self, parameters: list[np.ndarray], config: dict[str, Any]) -> Any:
+        reply = super().fit(parameters, config)
+        end_unless_shared(self.home)
+        return reply
+
+
+def stay_shared(home: Home) -> None:
+    """End this process soon after the owner switches sharing off, whatever it does meanwhile."""
+    while True:
+        time.sleep(SWITCH_SECONDS)
+        end_unless_shared(home)
+
+
+def end_unless_shared(home: Home) -> None:
+    """End this process at once if sharing is off, or if that cannot be read."""
+    try:
+        shares = home.shares
+    except (FederationError, OSError):
+        shares = False
+    if not shares:
+        print("sharing is off: training stops", flush=True)
+        os._exit(0)
 
 
 def trainer_for(home: Home) -> HeadTrainer:

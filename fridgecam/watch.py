@@ -1,6 +1,7 @@
 """A fridge's day: look at new pictures, train when asked, fetch better models."""
 
 import contextlib
+import io
 import signal
 import subprocess
 import sys
@@ -71,8 +72,8 @@ def command(home: Home, *arguments: str) -> None:
 def training(home: Home) -> Iterator[Any]:
     """Yield what keeps a training process alive exactly as long as the owner shares.
 
-    It is killed when sharing is switched off: nothing more is sent, and a reply that was under
-    way does not count.
+    It looks at the switch itself, since this one may be busy with a new model; and it is killed
+    from here, should it hang. Nothing more is sent, and a reply that was under way does not count.
     """
     child: subprocess.Popen | None = None
     pause_until = 0.0
@@ -86,8 +87,10 @@ def training(home: Home) -> Iterator[Any]:
 
     def keep(restart: str = "") -> None:
         nonlocal child, pause_until
-        if child and child.poll() is not None:  # refused, or the run is over
-            child, pause_until = None, time.monotonic() + 30
+        if child and child.poll() is not None:
+            if home.shares:  # refused, or the run is over
+                pause_until = time.monotonic() + 30
+            child = None
         if child and (restart or not home.shares):
             why = f"{restart}: training starts again"
             print(why if home.shares else "sharing is off: training stops")
@@ -167,6 +170,7 @@ def personalise(home: Home) -> None:
     trainer.validates = False  # what is held out judges the common models: it may train this one
     if not trainer.scan():
         return
-    weights, _, _ = trainer.fit(home.head(personal=False), PERSONAL_SETTINGS)
+    with contextlib.redirect_stdout(io.StringIO()):  # its lines are about rounds
+        weights, _, _ = trainer.fit(home.head(personal=False), PERSONAL_SETTINGS)
     version = np.array([card.version], np.int64)
     write_whole(home.model / PERSONAL, save({**weights, "version": version}))

@@ -140,6 +140,10 @@ def test_ten_fridges_see_better_while_some_come_and_go(server, launch, tmp_path)
     joined = {e["cid"] for e in map(json.loads, events.splitlines()) if e["event"] == "joined"}
     assert joined == {*everybody}  # who only looks never does
 
+    assert fridge(6, "share", "off").finish() == 0  # without `watch`, too
+    assert running["6"].finish() == 0
+    assert "sharing is off: training stops" in running["6"].output
+
     drawn = draw(homes[9].inbox / "another.jpg", 1)
     running[LOOKS].wait_for(rf"{drawn.name}: (Cabbage|Milk|Tomato) ")
     before = homes[9].card().version
