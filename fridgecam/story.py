@@ -29,6 +29,7 @@ from plumbing.photos import FeatureCache, labelled
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {128: "fridgecam.model:EffLite0Small", 224: "fridgecam.model:EffLite0"}
 ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+SERVICE, NOISE, TINT = 2, 60.0, 12.0  # few and varied: the start model is not good
 PAINTED = ("Apple", "Cabbage", "Carrots", "Lemon", "Milk", "Tomato")
 
 
@@ -64,10 +65,16 @@ def play(
         labels: photographs of each fridge that are used; 0 is all.
     """
     fridges = sorted((photos / "fridges").iterdir())
+    keys = f"--keys={work / 'keys'}"
+    token = subprocess.run(
+        [sys.executable, "server.py", "devices", "token", keys, f"--uses={len(fridges)}"],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
     server = subprocess.Popen(
         [sys.executable, "server.py", "--server_address=127.0.0.1:0", f"--model={MODELS[size]}",
          f"--init_weights={start}", f"--data_dir={photos / 'val'}", f"--run_dir={work / 'run'}",
-         f"--min_num_clients={len(fridges)}", "--epochs=2", *flags],
+         "--secure", keys, f"--min_num_clients={len(fridges)}", "--epochs=2",
+         *flags],
         cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     clients: list[subprocess.Popen] = []
@@ -79,7 +86,7 @@ def play(
                 address = line.split(" at ")[1].split()[0]
                 break
         for fridge in fridges:
-            clients.append(start_fridge(fridge, work / fridge.name, address, labels))
+            clients.append(start_fridge(fridge, work / fridge.name, address, token, labels))
         for line in server.stdout:
             if line.startswith("round"):
                 print(f"  {line.rstrip()}", flush=True)
@@ -93,7 +100,9 @@ def play(
             process.wait()
 
 
-def start_fridge(source: Path, folder: Path, address: str, labels: int) -> subprocess.Popen:
+def start_fridge(
+    source: Path, folder: Path, address: str, token: str, labels: int
+) -> subprocess.Popen:
     """Install a fridge with its photographs, switch sharing on, and let it train."""
     paths = sorted(source.glob("train/*/*.jpg"))
     for path in paths[:: max(1, len(paths) // labels)][:labels] if labels else paths:
@@ -105,12 +114,15 @@ def start_fridge(source: Path, folder: Path, address: str, labels: int) -> subpr
     (folder / "cache").symlink_to(cache)
     own, command = f"--home={folder}", [sys.executable, "-m", "fridgecam"]
     for step in (
-        ["install", own, f"--server_address={address}", f"--cid={folder.name}"],
+        ["install", own, f"--server_address={address}", f"--cid={folder.name}", "--join=-"],
         ["share", own, "on"],
     ):
-        done = subprocess.run([*command, *step], cwd=ROOT, env=ENVIRONMENT, capture_output=True)
+        done = subprocess.run(
+            [*command, *step], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+            input=token,  # not on a command line, which others on this machine can read
+        )  # fmt: skip
         if done.returncode:
-            raise FederationError(done.stderr.decode().strip())
+            raise FederationError(done.stderr.strip())
     training = [*command, "train", own]
     return subprocess.Popen(training, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
 
@@ -146,14 +158,14 @@ def paint(folder: Path) -> None:
     def draw(path: Path, label: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         y, x = np.mgrid[0:96, 0:96]
-        pixels = rng.normal(110, 50, (96, 96, 3))
-        pixels[..., label % 3] += 40 + rng.normal(0, 15)
+        pixels = rng.normal(110, NOISE, (96, 96, 3)) + rng.normal(0, TINT, 3)
+        pixels[..., label % 3] += 30
         wave = np.sin((x if label < 3 else y) / rng.uniform(3, 5) + rng.uniform(0, 6))
         pixels += 25 * wave[..., None]
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
 
     for label, name in enumerate(PAINTED):
-        for i in range(4):
+        for i in range(SERVICE):
             draw(folder / "service" / "train" / name / f"{i}.jpg", label)
         for i in range(10):
             draw(folder / "val" / "test" / name / f"{i}.jpg", label)
