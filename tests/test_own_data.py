@@ -53,3 +53,19 @@ def test_servers_own_update_counts_by_its_weight():
     fleet = MemoryFleet({"0": adding(0.0, 10)})
     (step,) = synchronous(fleet, make_strategy("FedAvg"), MODEL, plan)
     assert step.weights["w"].tolist() == [3.0, 3.0]  # (10 × 0 + 30 × 4) / 40
+
+
+@pytest.mark.parametrize(("equal", "expected"), [(False, 1.0), (True, 2.0)])
+def test_equal_weighting_counts_a_device_as_much_as_one_with_more_examples(equal, expected):
+    plan = Plan(
+        rounds=1,
+        config=lambda server_round: {},
+        evaluate=lambda weights: {"loss": 1.0},
+        equal=equal,
+        min_num_clients=2,
+        min_sample_size=2,
+    )
+    fleet = MemoryFleet({"0": adding(0.0, 30), "1": adding(4.0, 10)})
+    (step,) = synchronous(fleet, make_strategy("FedAvg"), MODEL, plan)
+    assert step.weights["w"].tolist() == [expected, expected]
+    assert [c.num_examples for c in step.contributions] == [30, 10]
