@@ -5,6 +5,7 @@ images, where a run begins, the rounds, and what it leaves on the disk.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import pickle
@@ -341,9 +342,7 @@ def run(
     task = Task(settings, args.data_dir, Threads(args.threads))
     bounds = Bounds(settings.max_update_norm, settings.max_weight_ratio)
     weights, finished_round = open_start(settings, args, task, strategy, bounds)
-    own = open_own_data(settings, task, args.own_data)
-    if own and not strategy.needs_only_mean:
-        raise FederationError(f"--own_data needs a strategy of means, not {settings.strategy}")
+    own = open_own_data(settings, task, args.own_data, strategy)
     model_bytes = sum(array.nbytes for array in weights.values())
     if not strategy.needs_only_mean:
         size = UPDATE_COPIES * model_bytes / 1e6
@@ -398,19 +397,19 @@ def run(
         if fleet:
             fleet.close(run_is_over)
     print_results(settings, task, directory, weights, evaluation)
-    if isinstance(task.testset, HeadTest):
-        others = calibration_photos(task, args.own_data)
-        size = utils.image_size(settings.model)
-        print(export_at_end(task.net, size, directory.path, others, task.testset.photos))
+    export_model(task, directory, args.own_data)
 
 
-def calibration_photos(task: Task, own_data: str | None) -> list[Photo]:
-    """Return photographs of the server that test nothing; none if it has none."""
+def export_model(task: Task, directory: RunDirectory, own_data: str | None) -> None:
+    """Write a model with a head as ONNX files, calibrated on what the server has to train on."""
+    if not isinstance(task.testset, HeadTest):
+        return
     folder = Path(own_data.rpartition(":")[0] if own_data else task.data_dir).expanduser()
-    try:
-        return own_photos(folder, task.testset.classes)
-    except FederationError:
-        return []
+    others: list[Photo] = []
+    with contextlib.suppress(FederationError):  # it has none
+        others = own_photos(folder, task.testset.classes)
+    size = utils.image_size(task.model)
+    print(export_at_end(task.net, size, directory.path, others, task.testset.photos))
 
 
 def open_publisher(
@@ -444,11 +443,13 @@ def hand_out(
 
 
 def open_own_data(
-    settings: RunSettings, task: Task, own_data: str | None
+    settings: RunSettings, task: Task, own_data: str | None, strategy: Strategy
 ) -> Callable[[int, Weights], tuple[Update, int]] | None:
     """Return what trains in each round on the server's own photographs, for --own_data."""
     if not own_data:
         return None
+    if not strategy.needs_only_mean:
+        raise FederationError(f"--own_data needs a strategy of means, not {settings.strategy}")
     folder, _, number = own_data.rpartition(":")
     try:
         weight = float(number)

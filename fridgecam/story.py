@@ -88,7 +88,7 @@ def play(
         for fridge in fridges:
             clients.append(start_fridge(fridge, work / fridge.name, address, token, labels))
         for line in server.stdout:
-            if line.startswith("round"):
+            if line.startswith("round") or "model.onnx" in line:
                 print(f"  {line.rstrip()}", flush=True)
         if server.wait():
             raise FederationError("the server ended with an error; see above")
