@@ -59,6 +59,7 @@ from plumbing.terminal import LiveBlock
 from torch_server import Task, run
 
 ROOT = Path(__file__).resolve().parent
+OPEN_ENDED_TIMEOUT = 600.0  # of a round, if none is given: one silent device must not stall it
 LAST_CALL_SECONDS = 40  # devices try again every 30 s at least
 
 
@@ -79,7 +80,12 @@ def parse_args(argv: Sequence[str] | None) -> tuple[RunSettings, argparse.Namesp
     names = {declared.name for declared in fields(RunSettings)}
     settings = RunSettings(**{name: getattr(args, name) for name in names})
     if args.open_ended:
-        settings = replace(settings, rounds=OPEN_ENDED, lr_schedule="constant")
+        settings = replace(
+            settings,
+            rounds=OPEN_ENDED,
+            lr_schedule="constant",
+            round_timeout=settings.round_timeout or OPEN_ENDED_TIMEOUT,
+        )
     rest = {name: value for name, value in vars(args).items() if name not in names}
     return settings, argparse.Namespace(**rest)
 

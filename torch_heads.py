@@ -3,6 +3,7 @@
 A model is of this kind if it has `features(images)` and `head`, and nothing but the head learns.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -233,14 +234,31 @@ def make_card(settings: RunSettings, net: torch.nn.Module, classes: list[str]) -
 
 
 class Publisher:
-    """Hands out each new model; the files of the frozen part are made once."""
+    """Hands out each new model; the files of the frozen part are made once.
 
-    def __init__(self, card: Card, net: torch.nn.Module, publication: Publication) -> None:
+    Args:
+        judge: photographs that judge each model.
+        strict: hand out only what is not worse; else each model.
+    """
+
+    def __init__(
+        self,
+        card: Card,
+        net: torch.nn.Module,
+        publication: Publication,
+        judge: HeadTest,
+        torch_device: str = "cpu",
+        strict: bool = True,
+    ) -> None:
         self.card = asdict(card)
+        self.net = net
         self.publication = publication
+        self.judge = judge
+        self.torch_device = torch_device
+        self.strict = strict
         self.hits: np.ndarray | None = None  # of the model that is handed out
         self.changes = (0, 0)  # what it had newly right and newly wrong at the gate
-        self.best: tuple[float, Weights] | None = None  # by the gate
+        self.best: tuple[float, Weights, np.ndarray] | None = None  # by the gate; with its hits
         self.fixed = {
             # Without notes: safetensors writes several in any order, and a server that starts again
             # would have another file, which all devices would fetch.
@@ -248,23 +266,58 @@ class Publisher:
             BACKBONE: to_onnx(net, card.image_size, features=True),
         }
 
+    def begin(self, weights: Weights) -> None:
+        """Hand out what devices had before this server was started again, or else `weights`.
+
+        Raises:
+            FederationError: its files cannot be written.
+        """
+        head = self.publication.folder / HEAD
+        with contextlib.suppress(FederationError):  # there is none
+            weights, _ = load_fitting(head, weights, self.card["model"])
+        if problem := self.offer(weights):
+            raise FederationError(problem)
+
+    def offer(self, weights: Weights) -> str:
+        """Hand out a new model; return why not, or ""."""
+        utils.set_weights(self.net, weights)
+        accuracy = self.judge.evaluate(self.net, self.torch_device).accuracy
+        try:
+            if self.strict:
+                return self.consider(weights, accuracy, self.judge.hits)
+            self.publish(weights, accuracy)
+        except OSError as error:
+            return f"cannot write '{self.publication.folder}' ({error.strerror})"
+        return ""
+
     def consider(self, weights: Weights, accuracy: float, hits: np.ndarray) -> str:
         """Hand out a model unless it is worse than the one before; return why not, or ""."""
-        held_out, right, wrong = self.publication.judged()
-        if held_out and self.best and is_worse(self.changes[0] + right, self.changes[1] + wrong):
-            self.changes, self.hits = (0, 0), None
-            self.publish(self.best[1], self.best[0])
+        held_out = sum(counts[0] for counts in self.publication.judgements.values())
+        if self.best and self._is_worse_on_devices():
+            best_accuracy, best_weights, best_hits = self.best
+            self.publish(best_weights, best_accuracy)
+            self.changes, self.hits = (0, 0), best_hits
             return f"worse on {held_out} photographs of devices; back to the best model"
+        changes = (0, 0)
         if self.hits is not None:
             changes = int((hits & ~self.hits).sum()), int((self.hits & ~hits).sum())
             if is_worse(*changes):
                 return f"worse at the gate: {changes[0]} newly right, {changes[1]} newly wrong"
-            self.changes = changes
-        if not self.best or accuracy >= self.best[0]:
-            self.best = accuracy, weights
-        self.hits = hits
         self.publish(weights, accuracy)
+        if not self.best or accuracy >= self.best[0]:
+            self.best = accuracy, weights, hits
+        self.hits, self.changes = hits, changes
         return ""
+
+    def _is_worse_on_devices(self) -> bool:
+        """Return whether the gate and the devices find the model worse, whoever is left out.
+
+        So that no single device can take back what all others are glad of.
+        """
+        found = [(0, 0, 0), *self.publication.judgements.values()]
+        right = self.changes[0] + sum(counts[1] for counts in found)
+        wrong = self.changes[1] + sum(counts[2] for counts in found)
+        return all(is_worse(right - r, wrong - w) for _, r, w in found)
 
     def publish(self, weights: Mapping[str, np.ndarray], accuracy: float | None = None) -> int:
         """Hand out a model; return its version."""

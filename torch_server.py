@@ -280,6 +280,7 @@ def make_plan(
         equal=settings.weighting == "equal",
         new_rounds=NEW_ROUNDS if settings.rounds == OPEN_ENDED else 0,
         every=every,
+        open_ended=settings.rounds == OPEN_ENDED,
     )
 
 
@@ -352,8 +353,7 @@ def run(
     fleet, run_is_over = None, False
     try:
         fleet = open_fleet(task, model_bytes)
-        publisher = open_publisher(task, settings, directory, fleet)
-        gate = HeadTest(args.gate_data) if publisher and args.gate_data else None
+        publisher = open_publisher(task, settings, args, directory, fleet)
         console = Console(
             fleet.address, settings.rounds, task.testset.source, task.source, code_of(task.model)
         )
@@ -375,13 +375,13 @@ def run(
         else:
             print(f"resuming {directory} after round {finished_round}")
         if publisher:
-            publisher.publish(weights)
+            publisher.begin(weights)
         plan = make_plan(settings, run_id, finished_round, task, own, args.every)
         for step in synchronous(fleet, strategy, weights, plan, bounds, observe):
             weights, evaluation = step.weights, step.evaluation
             observe(step)
             save_round(directory, settings, task, strategy, bounds, step)
-            if publisher and (problem := hand_out(publisher, task, weights, gate, args)):
+            if publisher and (problem := publisher.offer(weights)):
                 observe(Notice(f"round {step.server_round} is not handed out: {problem}"))
         if evaluation is None:
             evaluation = task.evaluate(weights)
@@ -413,7 +413,11 @@ def export_model(task: Task, directory: RunDirectory, own_data: str | None) -> N
 
 
 def open_publisher(
-    task: Task, settings: RunSettings, directory: RunDirectory, fleet: Fleet
+    task: Task,
+    settings: RunSettings,
+    args: argparse.Namespace,
+    directory: RunDirectory,
+    fleet: Fleet,
 ) -> Publisher | None:
     """Return what hands out each new model, for a model of which only the head learns."""
     if not isinstance(task.testset, HeadTest):
@@ -421,25 +425,9 @@ def open_publisher(
     publication = Publication(directory.path / PUBLISHED, fleet.sign)
     fleet.publication = publication
     card = make_card(settings, task.net, task.testset.classes)
-    return Publisher(card, task.net, publication)
-
-
-def hand_out(
-    publisher: Publisher,
-    task: Task,
-    weights: Weights,
-    gate: HeadTest | None,
-    args: argparse.Namespace,
-) -> str:
-    """Hand out a new model to the devices; return why not, or ""."""
-    assert isinstance(task.testset, HeadTest)
-    judge = gate or task.testset
-    utils.set_weights(task.net, weights)
-    accuracy = judge.evaluate(task.net, task.torch_device).accuracy
-    if gate or args.open_ended:
-        return publisher.consider(weights, accuracy, judge.hits)
-    publisher.publish(weights, accuracy)
-    return ""
+    judge = HeadTest(args.gate_data) if args.gate_data else task.testset
+    strict = bool(args.gate_data or args.open_ended)
+    return Publisher(card, task.net, publication, judge, task.torch_device, strict)
 
 
 def open_own_data(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from federated.errors import FederationError
+from federated.errors import BadReply, FederationError
 from federated.updates import (
     MAX_EXAMPLES,
     NON_FINITE,
@@ -31,6 +31,7 @@ LOST = "the connection broke"
 REVOKED = "it was revoked"
 TEST_LOSS = "the new model's test loss is"
 MAX_FAILURES = 3  # bad replies in a row; then a device is left out
+AGAIN_SECONDS = 60.0  # until a service tries a round again that brought no new model
 MAX_BROKEN = 10  # times that all connections may break in a round, at the cost of no attempt
 
 # --- What travels between a schedule and a fleet --------------------------------------
@@ -313,6 +314,7 @@ class Plan:
         new_rounds: rounds for which a device's data count as new; a round begins when
             `min_num_clients` idle devices have new ones. 0: all of them always have.
         every: seconds from the beginning of one round to that of the next, at least.
+        open_ended: a round without a new model is not the end, but is tried again later.
     """
 
     rounds: int
@@ -330,6 +332,7 @@ class Plan:
     equal: bool = False
     new_rounds: int = 0
     every: float = 0.0
+    open_ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -392,16 +395,23 @@ def synchronous(
     bounds, news = bounds or Bounds(), _News(plan.new_rounds)
     due = 0.0
     for server_round in range(plan.first_round, plan.rounds + 1):
-        while (left := due - time.monotonic()) > 0:
-            if event := fleet.wait(left):
-                observe(event)
+        _handle_events(fleet, due - time.monotonic(), observe)
         news.wait(fleet, plan.min_num_clients, server_round, observe)
         due = time.monotonic() + plan.every
         this_round = _Round(server_round, fleet, strategy, weights, plan, bounds, observe)
-        step = this_round.finish()
+        while (step := this_round.finish()) is None:  # a service goes on, with other devices maybe
+            _handle_events(fleet, AGAIN_SECONDS, observe)
+            this_round = _Round(server_round, fleet, strategy, weights, plan, bounds, observe)
         weights = step.weights
         news.add_round([contribution.device for contribution in step.contributions])
         yield replace(step, device_scores=this_round.evaluate_on_devices(weights))
+
+
+def _handle_events(fleet: Fleet, seconds: float, observe: Observer) -> None:
+    due = time.monotonic() + seconds
+    while (left := due - time.monotonic()) > 0:
+        if event := fleet.wait(left):
+            observe(event)
 
 
 class _News:
@@ -481,8 +491,12 @@ class _Round:
         self.sampled = 0
         self.broken = 0  # attempts in which all connections broke
 
-    def finish(self) -> Step:
-        """Make attempts until one has a new model."""
+    def finish(self) -> Step | None:
+        """Make attempts until one has a new model; None if a service is to try again later.
+
+        Raises:
+            FederationError: there is none after as many retries as the plan allows.
+        """
         attempts = self.plan.retries + 1
         attempt = diverges = 0
         while attempt < attempts:
@@ -499,9 +513,11 @@ class _Round:
             advice = "training diverges"
             if lr := self.plan.config(self.server_round).get("lr"):
                 advice += f"; start again with a --lr below this round's {lr:g}"
-        raise FederationError(
-            f"round {self.server_round} brought no new model in {attempts} attempts; {advice}"
-        )
+        ending = f"round {self.server_round} brought no new model in {attempts} attempts; {advice}"
+        if not self.plan.open_ended:
+            raise FederationError(ending)
+        self.observe(Notice(f"{ending}; again in {AGAIN_SECONDS:g} s"))
+        return None
 
     def _diverges(self, problem: str) -> bool:
         """Return whether numbers that grew too large are all that an attempt failed for."""
@@ -515,7 +531,10 @@ class _Round:
             self._collect(training)
             self._check()
             if self.plan.own:  # not judged by the others: it is the server's
-                training.add(OWN, *self.plan.own(self.server_round, self.weights))
+                try:
+                    training.add(OWN, *self.plan.own(self.server_round, self.weights))
+                except BadReply as error:  # of numbers that grew too large, say
+                    raise NoModel(f"the server's own training: {error}") from None
             collected = time.perf_counter()
             weights = training.aggregate()
             if not is_finite(weights.values()) or not is_finite(self.strategy.state()[0].values()):

@@ -8,7 +8,7 @@ import torch
 
 import utils
 from plumbing.photos import labelled
-from tests.fridgecam.test_story import CLASSES, MODEL, paint
+from tests.photos import CLASSES, MODEL, paint
 from torch_export import export, export_at_end
 
 

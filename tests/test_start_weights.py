@@ -12,7 +12,7 @@ from federated.errors import FederationError
 from federated.settings import RunSettings
 from plumbing.checkpoints import encode_weights
 from plumbing.runs import RunDirectory
-from tests.fridgecam.test_story import CLASSES, MODEL, paint
+from tests.photos import CLASSES, MODEL, paint
 from torch_server import Task
 
 

@@ -1,5 +1,6 @@
 """The synchronous schedule, on a fleet in memory: who is asked, what counts, when it ends."""
 
+import itertools
 import math
 import re
 import threading
@@ -12,12 +13,14 @@ import flwr.serverapp.strategy
 import numpy as np
 import pytest
 
+from federated import rounds
 from federated.errors import BadReply, FederationError
 from federated.rounds import (
     REVOKED,
     Clipped,
     Dropped,
     Job,
+    Notice,
     Offered,
     Plan,
     Result,
@@ -27,7 +30,7 @@ from federated.rounds import (
     synchronous,
 )
 from federated.strategies import STRATEGIES, Strategy, make_strategy
-from federated.updates import Bounds, Weights, norm_of
+from federated.updates import Bounds, Weights, make_update, norm_of
 from tests.devices import MemoryFleet, adding, in_turn, silent, small_model
 
 HONEST = 0.001  # what honest devices add to each weight
@@ -181,6 +184,37 @@ def test_device_without_a_loss_does_not_cost_qfedavg_its_round(loss):
     assert re.fullmatch(r"it reports the training loss .*, which QFedAvg needs", reason)
     assert moved(run.steps[0]) != 0
     assert run.fleet.devices["1"].failures == 1
+
+
+def test_service_tries_again_later_where_a_run_would_end(monkeypatch):
+    monkeypatch.setattr(rounds, "AGAIN_SECONDS", 0.01)
+    answers = itertools.chain([BadReply("no")] * 2, itertools.repeat(adding(1)))
+
+    def answer(job):
+        given = next(answers)
+        return given if isinstance(given, BadReply) else given(job)
+
+    run = Run(MemoryFleet({"0": answer}), retries=1, open_ended=True).finish()
+    assert moved(run.steps[0]) == pytest.approx(1)
+    (notice,) = (event.text for event in run.events if isinstance(event, Notice))
+    assert notice == (
+        "round 1 brought no new model in 2 attempts; the reasons are above; again in 0.01 s"
+    )
+
+
+def test_servers_own_training_that_diverges_costs_an_attempt_and_not_the_run():
+    def own(server_round, weights):
+        own.calls += 1
+        if own.calls == 1:
+            raise BadReply("w has 6 non-finite values")
+        return make_update(weights.values(), weights, 10), 10
+
+    own.calls = 0
+    run = Run(MemoryFleet({"0": adding(1)}), retries=1, own=own).finish()
+    assert [retry.reason for retry in run.retries] == [
+        "the server's own training: w has 6 non-finite values"
+    ]
+    assert len(run.steps) == 1
 
 
 def test_training_that_diverges_on_every_device_names_the_learning_rate():

@@ -5,16 +5,12 @@ import signal
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import utils
 from plumbing.checkpoints import encode_weights
 from tests.conftest import ROOT
-
-CLASSES = ["Cabbage", "Milk", "Tomato"]
-MODEL = "tests.tiny_model:Tiny"
+from tests.photos import CLASSES, MODEL, paint
 
 
 @pytest.fixture
@@ -28,13 +24,6 @@ def service(tmp_path) -> Path:
     state = {name: value.numpy() for name, value in net.state_dict().items()}
     (tmp_path / "start.safetensors").write_bytes(encode_weights(state, {}))
     return tmp_path / "service"
-
-
-def paint(path: Path, label: int, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 90, (40, 40, 3), np.uint8)
-    pixels[..., label] += 150
-    Image.fromarray(pixels).save(path)
 
 
 @pytest.fixture
@@ -80,8 +69,8 @@ def test_watch_looks_trains_and_stops_at_once_when_sharing_is_switched_off(
     )  # fmt: skip
     assert fridge("a", "install", f"--server_address={address}", "--cid=a").finish() == 0
     first = json.loads((tmp_path / "a" / "model" / "card.json").read_text())["version"]
-    for i in range(9):
-        paint(tmp_path / "a" / "photos" / "Milk" / f"{i}.jpg", 1, 70 + i)
+    for i in range(9):  # of all classes: a model that knows one alone would be worse at the gate
+        paint(tmp_path / "a" / "photos" / CLASSES[i % 3] / f"{i}.jpg", i % 3, 70 + i)
     assert fridge("a", "share", "on").finish() == 0
     watching = fridge("a", "watch", "--every=2")
     server.wait_for("device a joined")
