@@ -110,11 +110,17 @@ def train(argv: list[str]) -> None:
 
 
 class OwnersClient(Client):
-    """Sends nothing that it has trained once its owner has switched sharing off."""
+    """Sends nothing that it has trained once its owner has switched sharing off, and no paths."""
 
     def __init__(self, cid: str, trainer: HeadTrainer, home: Home) -> None:
         super().__init__(cid, trainer)
         self.home = home
+
+    def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
+        properties = super().get_properties(config)
+        if "problem" in properties:  # its words name a folder of this fridge
+            properties["problem"] = "this fridge has no photographs to train on now"
+        return properties
 
     def fit(self, parameters: list[np.ndarray], config: dict[str, Any]) -> Any:
         reply = super().fit(parameters, config)

@@ -18,7 +18,7 @@ from fridgecam.device import identity_of, trainer_for, update
 from fridgecam.home import HEAD, PERSONAL, Home
 from fridgecam.look import home_of, parser_for
 from plumbing import cli
-from plumbing.photos import is_photo
+from plumbing.photos import is_photo, labelled
 from plumbing.stream.fetch import send_judgement
 
 TICK_SECONDS = 1.0
@@ -106,7 +106,8 @@ def training(home: Home) -> Iterator[Any]:
 
 
 def has_photos(home: Home) -> bool:
-    return any(is_photo(path) for path in home.photos.rglob("*"))
+    """Return whether there is anything to train on."""
+    return bool(labelled(home.photos, home.card().classes, home.excluded()))
 
 
 def fetch_better(home: Home) -> bool:

@@ -11,10 +11,10 @@ from starlette.testclient import TestClient
 
 from federated.errors import FederationError
 from fridgecam import door
-from fridgecam.device import go_back
+from fridgecam.device import OwnersClient, go_back
 from fridgecam.home import Home, Seen
 from fridgecam.label import Labels, make_page
-from fridgecam.watch import is_accepted
+from fridgecam.watch import has_photos, is_accepted
 from head_trainer import Card
 from plumbing.photos import hold_out, labelled
 
@@ -205,6 +205,30 @@ def test_personal_head_is_used_for_its_own_model_alone(home):
     assert home.head(personal=False)["head.weight"][0, 0] == 1
     save_file({**own, "version": np.array([6])}, home.model / "personal.safetensors")
     assert home.head()["head.weight"][0, 0] == 1
+
+
+def test_fridge_of_which_all_is_kept_out_has_nothing_to_train_on(home):
+    write_model(home.model, {**CARD.__dict__, "files": {}}, 1)
+    photo(home.photos / "Milk" / "0.jpg")
+    photo(home.photos / "Cheese" / "0.jpg")  # a class that the model does not have
+    assert has_photos(home)
+    home.exclude.write_text("Milk\n")
+    assert not has_photos(home)
+
+
+def test_server_is_told_no_path_of_a_fridge_without_photographs(home):
+    class Empty:
+        model, classes, source, device, lr = "Tiny", CLASSES, "", "cpu", 0.1
+
+        def get_weights(self):
+            return {}
+
+        def prepare(self, settings):
+            raise FederationError(f"no photographs in '{home.photos}/<class>/' to train on")
+
+    found = OwnersClient("kitchen", Empty(), home).get_properties({})
+    assert found["problem"] == "this fridge has no photographs to train on now"
+    assert str(home.folder) not in str(found)
 
 
 @pytest.mark.parametrize("value", ["true", 1, None, "on"])
