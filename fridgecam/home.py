@@ -73,9 +73,15 @@ class Home:
         return self.config["share"] is True
 
     def make(self) -> None:
-        """Make the folders of a new fridge."""
-        for folder in (self.inbox, self.photos, self.model):
-            folder.mkdir(parents=True, exist_ok=True)
+        """Make the folders of a new fridge; FederationError if it cannot write there."""
+        try:
+            for folder in (self.inbox, self.photos, self.model):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FederationError(
+                f"cannot make '{error.filename}' ({error.strerror}); user {os.getuid()} must own "
+                f"'{self.folder}'"
+            ) from None
 
     def card(self) -> Card:
         try:

@@ -231,6 +231,12 @@ def test_server_is_told_no_path_of_a_fridge_without_photographs(home):
     assert str(home.folder) not in str(found)
 
 
+def test_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FederationError, match=r"cannot make '.*/file/fridge/inbox' \(Not a dir"):
+        Home(tmp_path / "file" / "fridge").make()
+
+
 @pytest.mark.parametrize("value", ["true", 1, None, "on"])
 def test_only_a_plain_true_shares(home, value):
     home.change(share=value)
