@@ -186,13 +186,14 @@ def test_five_pythons_train_together_through_a_kill_a_renewal_and_a_resumed_serv
         pytest.skip("Python 3.6 and 3.8 are not both here")
     commands = {version: with_torch(version, tmp_path) for version in versions}
     own = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    commands[f"{own}."] = ["env", f"PYTHONPATH={ROOT}", sys.executable]
+    here = ["env", f"PYTHONPATH={ROOT}", sys.executable]
+    commands[f"{own}."] = here
     (tmp_path / "mine.py").write_text(MINE)
     model, data = "--model=mine:Mine", "--data_dir=synthetic:1000"
 
     def start_server(*arguments):
         server = launch(
-            sys.executable, "-c", SERVER, "--secure", f"--keys={tmp_path / 'keys'}", model, data,
+            *here, "-c", SERVER, "--secure", f"--keys={tmp_path / 'keys'}", model, data,
             f"--min_num_clients={len(commands)}", "--rounds=6", "--threads=1", *arguments,
             cwd=tmp_path,
         )  # fmt: skip
