@@ -261,7 +261,9 @@ def shown_certificates(server_address: str, seconds: float) -> list[x509.Certifi
                 context.verify_mode = ssl.CERT_NONE
                 context.minimum_version = ssl.TLSVersion.TLSv1_3
                 context.set_alpn_protocols(["h2"])
-                with context.wrap_socket(plain) as tls:
+                # On a connection that was reset already wrap_socket would do nothing, unnoticed.
+                with context.wrap_socket(plain, do_handshake_on_connect=False) as tls:
+                    tls.do_handshake()
                     # Public from Python 3.13 on, the same before.
                     public = hasattr(tls, "get_unverified_chain")
                     has_it: Any = tls if public else getattr(tls, "_sslobj")  # noqa: B009

@@ -62,8 +62,8 @@ GREETING_SECONDS = 300.0  # to report what it is; a Pi may have to cut its parti
 NAME_SECONDS = 0.5  # a broken connection is mostly noticed by then, and its name free
 TOO_LARGE = "it sent a message that is too large"
 PAUSE_SECONDS = 5  # then devices come back to a server that was interrupted
-# For a connection to speak TLS and HTTP/2: that takes 8 ms of processor time on an emulated Pi 3, and
-# 1,000 devices that come at once take a server 3.3 s.
+# For a connection to speak TLS and HTTP/2: that takes 8 ms of processor time on an emulated Pi 3,
+# and 1,000 devices that come at once take a server 3.3 s.
 HANDSHAKE_SECONDS = 5
 IDLE_SECONDS = 10  # then a connection without a call is closed; a device's stream is one
 FETCH_PIECE_BYTES = 1 << 18  # of the newest model, which devices fetch

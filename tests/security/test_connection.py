@@ -4,8 +4,10 @@ import http.client
 import re
 import socket
 import ssl
+import struct
 import subprocess
 import threading
+import time
 
 import grpc
 import pytest
@@ -14,6 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from federated.errors import FederationError, Refused
 from plumbing.addresses import parse_address
+from plumbing.security import identity as identity_module
 from plumbing.security import keys
 from plumbing.stream import device as transport
 from tests.devices import Adder
@@ -290,3 +293,16 @@ def test_openssl_confirms_protocol_cipher_and_chain(fleet, tmp_path):
     assert "Cipher is (NONE)" in old.stdout and old.returncode
     wrong = run(*device, "-verify_ip", "192.0.2.1")
     assert wrong.returncode and "IP address mismatch" in wrong.stderr
+
+
+def test_connection_that_was_reset_before_tls_is_no_server(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        far.close()
+    while not near.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):  # which takes the error out
+        time.sleep(0.01)
+    monkeypatch.setattr(identity_module, "connected", lambda *_: near)
+    with pytest.raises(identity_module.NotYet):
+        identity_module.shown_certificates("127.0.0.1:1", 1)
