@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import utils
 from federated.classes import load_class
@@ -37,6 +39,56 @@ def has_head(model: str) -> bool:
     find_model(model)
     net = utils.build_model(model)
     return hasattr(net, "features") and all(n.startswith("head.") for n in utils.learned(net))
+
+
+class VariedLoader(utils.TrainLoader):
+    """A TrainLoader that shows images in other ways, if one is chosen.
+
+    The last partial batch is kept then, unless it is of one image, which has no deviation.
+
+    Args:
+        crop: show a part of each image, in other colours; see `changed`.
+        balanced: draw images so that each class comes as often, instead of each image once.
+    """
+
+    def __init__(
+        self, *args: Any, crop: bool = False, balanced: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.crop, self.balanced = crop, balanced
+        if (crop or balanced) and len(self.labels) - self.used > 1:
+            self.used = len(self.labels)
+
+    def order(self) -> Tensor:
+        if not self.balanced:
+            return super().order()
+        labels = self.labels.cpu()
+        share = 1 / labels.bincount().float()[labels]
+        return share.multinomial(len(labels), replacement=True, generator=self.generator)
+
+    def changed(self, pixels: Tensor) -> Tensor:
+        """Return a part of each image (N, H, W, 3), brighter or darker and in other colours.
+
+        A part has 0.35 to 1 of the area and any place (Szegedy et al. 2015, arXiv:1409.4842).
+        """
+        if not self.crop:
+            return pixels
+        count = len(pixels)
+
+        def between(low: float, high: float, *shape: int) -> Tensor:
+            drawn = torch.rand(count, *shape, generator=self.generator)
+            return (low + (high - low) * drawn).to(pixels.device)
+
+        side = between(0.35, 1).sqrt()
+        place = between(-1, 1, 2) * (1 - side)[:, None]
+        part = torch.zeros(count, 2, 3, device=pixels.device)
+        part[:, 0, 0] = part[:, 1, 1] = side
+        part[:, :, 2] = place
+        images = pixels.permute(0, 3, 1, 2).float()
+        grid = F.affine_grid(part, list(images.shape), align_corners=False)
+        images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        images *= between(0.8, 1.2, 1, 1, 1) * between(0.9, 1.1, 3, 1, 1)
+        return images.clamp_(0, 255).permute(0, 2, 3, 1)
 
 
 class TorchTrainer:
@@ -116,15 +168,13 @@ class TorchTrainer:
         self._cut_data(settings)
         # Another order of images in each round and on each device, the same in a rerun.
         seed = zlib.crc32(f"{settings.seed} {self.cid} {settings.server_round}".encode())
-        small = settings.augment == "crop" or settings.sampling == "balanced"
-        trainloader = utils.TrainLoader(
+        trainloader = VariedLoader(
             self.data,
             settings.batch_size,
             seed,
             self.device,
             crop=settings.augment == "crop",
             balanced=settings.sampling == "balanced",
-            partial=small,
         )
         trainloader.net = self.net
         utils.set_weights(self.net, weights)

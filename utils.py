@@ -153,9 +153,8 @@ def set_weights(net: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
                 f"{name} has shape {tuple(value.shape)}, not {array.shape}; start server and "
                 "devices with the same --model"
             )
-        if not array.flags.writeable:  # torch warns of read-only memory that it only reads
-            array = array.copy()
-        value.copy_(torch.from_numpy(array))
+        # torch warns of read-only memory, which it only reads.
+        value.copy_(torch.from_numpy(np.require(array, requirements="W")))
 
 
 # --- Data -----------------------------------------------------------------------------
@@ -501,89 +500,50 @@ class TrainLoader:
 
     Like a DataLoader with RandomHorizontalFlip and Normalize, but for several batches at once.
     The last partial batch is dropped, unless it is the only one.
-
-    Args:
-        crop: show a part of each image instead, in other colours; see `_changed`.
-        balanced: draw images so that each class comes as often, instead of each image once.
-        partial: keep the last partial batch, unless it is of one image, which has no deviation.
     """
 
     def __init__(
-        self,
-        data: ImageSet,
-        batch_size: int,
-        seed: int = 0,
-        device: str = "cpu",
-        flip: bool = True,
-        crop: bool = False,
-        balanced: bool = False,
-        partial: bool = False,
+        self, data: ImageSet, batch_size: int, seed: int = 0, device: str = "cpu", flip: bool = True
     ) -> None:
         self.net: nn.Module | None = None  # whose mean and deviation it normalises by
         self.pixels = data.images.permute(0, 2, 3, 1).contiguous().to(device)  # (N, H, W, 3)
         self.labels = data.labels.to(device)
         self.batch_size = min(batch_size, len(data))
-        self.flip, self.crop, self.balanced = flip, crop, balanced
+        self.flip = flip
         self.used = len(data) // self.batch_size * self.batch_size
-        if partial and len(data) - self.used > 1:
-            self.used = len(data)
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         return -(-self.used // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.labels), generator=self.generator)
-        if self.balanced:
-            labels = self.labels.cpu()
-            share = 1 / labels.bincount().float()[labels]
-            order = share.multinomial(len(labels), replacement=True, generator=self.generator)
+        order = self.order()
         coins = torch.rand(len(self.labels), generator=self.generator) < 0.5
-        used = self.used
         # Blocks of about 1 MB still lie in the processor's cache when the step reads them.
         block = self.batch_size * max(1, 2**20 // self.pixels[: self.batch_size].numel())
-        for chosen, coin in zip(order[:used].split(block), coins[:used].split(block)):
+        for chosen, coin in zip(order[: self.used].split(block), coins[: self.used].split(block)):
             chosen = chosen.to(self.pixels.device)
-            pixels = self.pixels.index_select(0, chosen)
-            if self.crop:
-                pixels = self._changed(pixels)
+            pixels = self.changed(self.pixels.index_select(0, chosen))
             if self.flip:
                 mirrored = coin.nonzero().squeeze(1).to(pixels.device)
                 pixels.index_copy_(0, mirrored, pixels.index_select(0, mirrored).flip(2))
-            yield from zip(
-                normalise(pixels.permute(0, 3, 1, 2), self.net).split(self.batch_size),
-                self.labels[chosen].split(self.batch_size),
-            )
+            images = normalise(pixels.permute(0, 3, 1, 2), self.net).split(self.batch_size)
+            yield from zip(images, self.labels[chosen].split(self.batch_size))
 
-    def _changed(self, pixels: Tensor) -> Tensor:
-        """Return a part of each image (N, H, W, 3), brighter or darker and in other colours.
+    def order(self) -> Tensor:
+        """Return which images come when, (N,): each once, in random order."""
+        return torch.randperm(len(self.labels), generator=self.generator)
 
-        A part has 0.35 to 1 of the area and any place (Szegedy et al. 2015, arXiv:1409.4842).
-        """
-        count = len(pixels)
-
-        def between(low: float, high: float, *shape: int) -> Tensor:
-            drawn = torch.rand(count, *shape, generator=self.generator)
-            return (low + (high - low) * drawn).to(pixels.device)
-
-        side = between(0.35, 1).sqrt()
-        place = between(-1, 1, 2) * (1 - side)[:, None]
-        part = torch.zeros(count, 2, 3, device=pixels.device)
-        part[:, 0, 0] = part[:, 1, 1] = side
-        part[:, :, 2] = place
-        images = pixels.permute(0, 3, 1, 2).float()
-        grid = F.affine_grid(part, list(images.shape), align_corners=False)
-        images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-        images *= between(0.8, 1.2, 1, 1, 1) * between(0.9, 1.1, 3, 1, 1)
-        return images.clamp_(0, 255).permute(0, 2, 3, 1)
+    def changed(self, pixels: Tensor) -> Tensor:
+        """Return images (N, H, W, 3) as they are trained on, before some are mirrored."""
+        return pixels
 
 
 class SGD:
     """Nesterov SGD; the same numbers as torch.optim.SGD(nesterov=True), at a lower price.
 
     The first optimizer of torch.optim imports torch._dynamo and SymPy: 867 modules, 106 MB and
-    1.0 to 1.5 s on x86-64 (torch 2.9.1). In turns with this one it then takes 1.10 of the
-    processor time for a step of Net, and 1.04 for one of PiNet.
+    1.0 to 1.5 s on x86-64 (torch 2.9.1); a step of Net then takes 1.10 of the processor time.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], momentum: float, decay: float = 0.0):
@@ -598,9 +558,8 @@ class SGD:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Move the weights w with velocity v: v = mu v + grad, w -= lr (grad + mu v)."""
-        pairs = zip(self.parameters, self.velocities)
-        used = [(p, v, p.grad) for p, v in pairs if p.grad is not None]
-        weights, velocities, gradients = map(list, zip(*used))
+        triples = zip(self.parameters, self.velocities, [p.grad for p in self.parameters])
+        weights, velocities, gradients = map(list, zip(*[t for t in triples if t[2] is not None]))
         if self.decay:
             torch._foreach_add_(gradients, weights, alpha=self.decay)
         torch._foreach_mul_(velocities, self.momentum)
@@ -640,10 +599,9 @@ def train(
     """Train `net` in place with Nesterov SGD.
 
     Args:
-        settings: `epochs`; `momentum`; `weight_decay`; `label_smoothing`; the learning rate goes
-            linearly from `lr` to `lr_end` over all steps of this call (the server changes both in
-            each round); `proximal_mu` is the weight of FedProx's term mu/2 * ||w - w_global||^2,
-            w_global being the weights that came in (Li et al. 2018, arXiv:1812.06127).
+        settings: the learning rate goes linearly from `lr` to `lr_end` over all steps of this call
+            (the server changes both in each round); `proximal_mu` is the weight of FedProx's term
+            mu/2 * ||w - w_global||^2, w_global being the weights that came in (arXiv:1812.06127).
         before_step: called before each step. It may return which part of the work counts as
             done, by time for example: the learning rate then follows that, if it is ahead of
             the steps, and 1.0 or more ends the training after one step at least.
@@ -662,9 +620,8 @@ def train(
         for batch, (images, labels) in enumerate(trainloader):
             done = step / steps
             if before_step:
-                seconds = time.perf_counter() - began
-                counted = before_step(Progress(step, steps, epoch, loss, seconds))
-                done = max(done, counted or 0.0)
+                now = Progress(step, steps, epoch, loss, time.perf_counter() - began)
+                done = max(done, before_step(now) or 0.0)
                 if step and done >= 1:
                     break
             if batch == 0:

@@ -21,6 +21,7 @@ from torchvision import transforms
 import utils
 from federated.errors import FederationError
 from federated.settings import Settings
+from torch_trainer import VariedLoader
 
 
 @pytest.fixture(scope="module")
@@ -268,16 +269,16 @@ def test_fewer_images_than_a_batch_train_in_one_smaller_batch():
 
 
 def test_partial_batch_is_kept_where_that_is_asked_for_but_not_one_image():
-    loader = utils.TrainLoader(numbered(70, 32, 32), 32, partial=True)
+    loader = VariedLoader(numbered(70, 32, 32), 32, balanced=True)
     assert [len(labels) for _, labels in loader] == [32, 32, 6] and len(loader) == 3
-    assert len(utils.TrainLoader(numbered(65), 32, partial=True)) == 2
+    assert len(VariedLoader(numbered(65), 32, balanced=True)) == 2
     trained = utils.train(utils.build_model("Net", 70), loader, rate(), log=silent)
     assert (trained.steps, trained.num_examples) == (3, 70)
 
 
 def test_balanced_epoch_shows_each_class_as_often():
     data = dataclasses.replace(numbered(400), labels=torch.tensor([0] * 380 + [1] * 20))
-    labels = torch.cat([labels for _, labels in utils.TrainLoader(data, 20, balanced=True)])
+    labels = torch.cat([labels for _, labels in VariedLoader(data, 20, balanced=True)])
     assert len(labels) == 400
     assert 150 < int(labels.sum()) < 250
 
@@ -285,7 +286,7 @@ def test_balanced_epoch_shows_each_class_as_often():
 def test_crop_shows_parts_in_other_colours_the_same_for_the_same_seed():
     data = utils._synthetic("synthetic:200", "train", 32, None)
     first, again, other = (
-        next(iter(utils.TrainLoader(data, 32, seed, crop=True)))[0] for seed in (1, 1, 2)
+        next(iter(VariedLoader(data, 32, seed, crop=True)))[0] for seed in (1, 1, 2)
     )
     assert torch.equal(first, again) and first.shape == (32, 3, 32, 32)
     assert not torch.equal(first, other)
