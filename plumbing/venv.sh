@@ -61,12 +61,12 @@ stamp=.venv/installed-$(cat "$@" | cksum | tr ' ' '-')
 if [[ ! -e $stamp ]]; then
   python=$(find_python)
   echo "setting up .venv with $("$python" -V) (once, takes some minutes)" >&2
-  check_disk 2000
+  mapfile -t pins < <(sed -nE 's/^(torch(vision)?==[^ #;]+).*/\1/p' "$@")
+  check_disk $((${#pins[@]} ? 2000 : 500)) # a fridge's computer needs no torch
   if [[ ! -x .venv/bin/pip ]] && ! "$python" -m venv .venv >&2; then
     rm -rf .venv
     die "cannot make a virtual environment; on Debian: sudo apt install python3-venv"
   fi
-  mapfile -t pins < <(sed -nE 's/^(torch(vision)?==[^ #;]+).*/\1/p' "$@")
   install_cpu_torch "${pins[@]}"
   requirements=()
   for file in "$@"; do requirements+=(-r "$file"); done

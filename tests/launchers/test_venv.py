@@ -67,9 +67,10 @@ def empty_tree(tmp_path_factory):
 def set_up(empty_tree, tmp_path, indexes):
     """Run venv.sh; return what it printed and which packages there are then."""
 
-    def run(cpu_index, **programs):
+    def run(cpu_index, pins=PINS, **programs):
         tree, bin_dir = tmp_path / "tree", tmp_path / "bin"
         shutil.copytree(empty_tree, tree, symlinks=True)
+        (tree / "requirements.txt").write_text(pins)
         bin_dir.mkdir()
         for name, script in programs.items():
             program = bin_dir / name.replace("_", "-")
@@ -117,3 +118,10 @@ def test_full_disk_is_found_before_anything_is_installed(set_up, indexes):
     assert packages == set()
     assert done.stderr.endswith("the packages need 2000 MB; make room\n")
     assert "venv.sh: 1500 MB are free in " in done.stderr
+
+
+def test_packages_without_pytorch_fit_on_a_small_disk(set_up, indexes):
+    lines = "Filesystem 1M-blocks Used Available Capacity Mounted\n/dev/x 9000 8400 600 93% /"
+    done, packages = set_up(indexes[0], pins="the-rest==1.0\n", df=f"echo '{lines}'")
+    assert done.returncode == 0, done.stderr
+    assert packages == {"the_rest-1.0"}
