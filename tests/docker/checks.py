@@ -777,12 +777,13 @@ def fridges(folder: Path) -> None:
             check(f"fridge {cid} joins and has a model", False, output)
         return start(*fridge(cid, "train"))
 
-    trains = {cid: train(cid) for cid in "cd"}
-    for process in trains.values():
-        process.wait_for("connected to", 120)
-        os.kill(process.popen.pid, signal.SIGSTOP)
+    trains = {}
+    for cid in "cd":
+        trains[cid] = train(cid)
+        server.wait_for(f"device {cid} joined", 120)
+        os.kill(trains[cid].popen.pid, signal.SIGSTOP)
     trains |= {cid: train(cid) for cid in "efghijab"}
-    for cid in "ab":
+    for cid in "ab":  # round 1 waits for c and d
         trains[cid].wait_for("connected to", 600)
     trains["c"].signal(signal.SIGKILL)
     run(*fridge("d", "share", "off"))
