@@ -21,7 +21,7 @@ from torchvision import transforms
 import utils
 from federated.errors import FederationError
 from federated.settings import Settings
-from torch_trainer import VariedLoader
+from torch_trainer import TorchTrainer, VariedLoader
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +296,17 @@ def test_crop_shows_parts_in_other_colours_the_same_for_the_same_seed():
         torch.tensor([0, 255], dtype=torch.uint8).repeat(3, 1)[None, :, None]
     )[0, :, 0].T
     assert (first >= low.view(3, 1, 1) - 1e-4).all() and (first <= high.view(3, 1, 1) + 1e-4).all()
+
+
+def test_device_trains_on_small_data_with_crops_balance_and_all_its_images():
+    trainer = TorchTrainer("0", "Net", "synthetic:70", "cpu")
+    weights, settings = trainer.get_weights(), rate()
+    plain = trainer.fit(weights, settings)
+    small = dataclasses.replace(settings, augment="crop", sampling="balanced", label_smoothing=0.1)
+    changed = trainer.fit(weights, small)
+    assert (plain[1], plain[2]["steps"]) == (64, 2)
+    assert (changed[1], changed[2]["steps"]) == (70, 3)
+    assert not np.array_equal(plain[0]["fc3.weight"], changed[0]["fc3.weight"])
 
 
 # --- Training -------------------------------------------------------------------------

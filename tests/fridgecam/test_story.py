@@ -78,6 +78,9 @@ def test_watch_looks_trains_and_stops_at_once_when_sharing_is_switched_off(
     watching.wait_for(r"model \d+: 3 held out, \d+ newly right, \d+ newly wrong")
     paint(tmp_path / "a" / "inbox" / "new.jpg", 1, 5)
     watching.wait_for(r"new\.jpg: (Cabbage|Milk|Tomato) ")
+    paint(tmp_path / "a" / "photos" / "Milk" / "late.jpg", 1, 99)
+    watching.wait_for("the photographs have changed: training starts again")
+    server.wait_for("device a joined")
     assert fridge("a", "share", "off").finish() == 0
     watching.wait_for("sharing is off: training stops")
     server.wait_for("device a left|lost")
