@@ -73,6 +73,9 @@ for group in video render; do # only root and these may open the GPU's device fi
 done
 
 # A driver or libraries that do not fit the image end PyTorch before the client could fall back.
-problem=$(docker run --rm "${options[@]}" "${run_options[@]}" --entrypoint python3 "$image" \
-  -c 'import torch' 2>&1) || cpu "PyTorch does not load in NVIDIA's image (${problem##*$'\n'})"
+if ! problem=$(docker run --rm "${options[@]}" "${run_options[@]}" --entrypoint python3 "$image" \
+  -c 'import torch' 2>&1); then
+  reason=$(grep 'Error' <<<"$problem" | tail -n 1) || true # Docker adds a line of advice
+  cpu "PyTorch does not load in NVIDIA's image (${reason:-$problem})"
+fi
 run_client

@@ -96,9 +96,15 @@ def test_older_jetpack_gives_the_reason_and_runs_the_cpu_image(device, board, mo
     ]  # fmt: skip
 
 
-def test_torch_that_does_not_load_gives_the_reason_and_runs_the_cpu_image(device):
-    problem = "OSError: libcurand.so.10: cannot open shared object file"
-    run = device.jetson(*ARGUMENTS, board="jetson-r32.7", TORCH_PROBLEM=problem)
+@pytest.mark.parametrize(
+    "problem, advice",
+    [
+        ("OSError: libcurand.so.10: cannot open shared object file", ""),
+        ("docker: Error response from daemon: nvidia-container-cli: no driver", "\n\nRun 'docker'"),
+    ],
+)
+def test_torch_that_does_not_load_gives_the_reason_and_runs_the_cpu_image(device, problem, advice):
+    run = device.jetson(*ARGUMENTS, board="jetson-r32.7", TORCH_PROBLEM=problem + advice)
     assert run.code == 0
     assert run.err == (
         f"run_jetson.sh: PyTorch does not load in NVIDIA's image ({problem}); training on the CPU\n"
