@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import pickle
 import platform
 import secrets
 import shlex
@@ -210,7 +209,7 @@ def published_weights(name: str) -> dict[str, np.ndarray]:
         state = torch.hub.load_state_dict_from_url(
             weights.url, map_location="cpu", progress=False, check_hash=True, weights_only=True
         )
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of a file that holds no weights: torch lists no types
         raise FederationError(f"cannot get {weights.url}: {error}") from None
     return {name: value.numpy() for name, value in state.items()}
 

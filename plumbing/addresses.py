@@ -76,11 +76,6 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def plain_address(host: str) -> str:
-    """Return an IP address without its zone, IPv4 as such."""
-    return host.partition("%")[0].removeprefix("::ffff:")
-
-
 def resolve(address: str) -> list[tuple[str, int]]:
     """Return the numeric addresses that HOST:PORT stands for, in the system's order.
 

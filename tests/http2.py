@@ -56,11 +56,7 @@ def header_block(fields: dict[str, str]) -> bytes:
     """Return headers as HPACK has them, without compression."""
 
     def literal(text: str) -> bytes:
-        size = len(text)
-        if size < 127:
-            return bytes([size]) + text.encode()
-        rest = size - 127
-        return bytes([127, rest & 127 | 128, rest >> 7]) + text.encode()  # up to 16 kB
+        return bytes([len(text)]) + text.encode()
 
     return b"".join(b"\0" + literal(name) + literal(value) for name, value in fields.items())
 

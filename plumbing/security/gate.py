@@ -329,13 +329,8 @@ def _neighbourhood(address: str) -> str:
 
 def peer_address(context: grpc.aio.ServicerContext) -> str:
     """Return the peer's IP address, of gRPC's ipv4:192.168.1.7:40112 or ipv6:%5B::1%5D:40112."""
-    return peer_name(context.peer())[0]
-
-
-def peer_name(peer: str) -> tuple[str, int]:
-    """Return the IP address and the port in gRPC's name for a peer."""
-    host, _, port = unquote(peer).partition(":")[2].rpartition(":")
-    return host.strip("[]").removeprefix("::ffff:"), int(port) if port.isdigit() else 0
+    host = unquote(context.peer()).partition(":")[2].rpartition(":")[0]
+    return host.strip("[]").removeprefix("::ffff:")
 
 
 def read_certificate(pem: bytes, authority: x509.Certificate) -> tuple[str, str]:

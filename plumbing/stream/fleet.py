@@ -40,22 +40,15 @@ from federated.rounds import (
 )
 from federated.updates import Scalar, Update, clean_metrics, make_score, make_update
 from plumbing import descriptors
-from plumbing.addresses import (
-    check_cid,
-    join_address,
-    listening_addresses,
-    plain_address,
-    reachable_address,
-)
+from plumbing.addresses import check_cid, join_address, listening_addresses, reachable_address
 from plumbing.publish import CARD
 from plumbing.security.complaints import Refusals
-from plumbing.security.gate import Door, Gate, Peer, peer_address, peer_name
+from plumbing.security.gate import Door, Gate, Peer, peer_address
 from plumbing.security.identity import ENROL
 from plumbing.stream import wire
 from plumbing.stream.device import ANNOUNCE
 from plumbing.stream.fetch import MAX_FILE_BYTES
 from plumbing.stream.session import GOODBYE_SECONDS, Reply, Session, Work, write_in_time
-from plumbing.stream.traffic import Traffic
 from plumbing.stream.turns import OFFER_BYTES, Incoming, Memory
 
 GREETING_SECONDS = 300.0  # to report what it is; a Pi may have to cut its partition first
@@ -76,15 +69,12 @@ WINDOW_BYTES = 1 << 19  # under way to us on a connection: 25 MB/s where a round
 # A model that travels in one message leaves small holes. Its blocks are used again, without the
 # page faults of fresh ones: a round of Net with two devices took 7.5 ms of the server's processor
 # time with 64 kB, and takes 4.4 ms.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 TRIM_BYTES, MMAP_BYTES = 4 << 20, 1 << 20  # for such a model
 MMAP_BYTES_OF_LARGE_MODELS = 1 << 16
-# Each thread takes a heap of its own, and keeps what strangers made it grow by.
-HEAPS = 1
 
 WATCH_SECONDS = 1.0  # how often the owner's list is looked at for devices that were revoked
 REPORT_SECONDS = 1.0  # a device's reports of its progress that come sooner are ignored
-TRAFFIC_SECONDS = 0.05  # how often it is asked whether to look at what connections send
 NOTE_EVERY = 30  # of these times the list is updated with who is here
 MAX_STEPS, MAX_RATE = 10**12, 1e9  # what a device reports beyond that makes no sense
 SHORTAGE_SECONDS = 60.0  # from one line on missing file descriptors to the next
@@ -144,10 +134,8 @@ class StreamFleet(Fleet):
         self._keys: weakref.WeakKeyDictionary[Device, Peer] = weakref.WeakKeyDictionary()
         self._lost: dict[str, Work] = {}  # by cid, of devices whose connection broke
         self._servers: list[grpc.aio.Server] = []
-        self._ports: set[int] = set()  # where these listen
         self._numbers = itertools.count(1)
         self._incoming: dict[str, Incoming] = {}  # by gRPC's name for the other end
-        self._readers: dict[tuple[str, int], Incoming] = {}  # see Traffic
         self._streams: set[asyncio.Task] = set()
         self._background: set[asyncio.Task] = set()
         self._memory = Memory(model_bytes)
@@ -160,7 +148,6 @@ class StreamFleet(Fleet):
 
         with contextlib.suppress(AttributeError, OSError):  # no glibc, no holes or others
             glibc = ctypes.CDLL(None)
-            glibc.mallopt(M_ARENA_MAX, HEAPS)
             if small:
                 glibc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
                 glibc.mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
@@ -244,7 +231,6 @@ class StreamFleet(Fleet):
         for server in self._servers:
             await server.start()
         self._in_background(self._report_shortage())
-        self._in_background(self._watch_traffic())
         if self.gate:
             self._in_background(self._watch(self.gate))
         return address
@@ -260,7 +246,7 @@ class StreamFleet(Fleet):
         }
         if self.gate:
             methods |= {"Enrol": self.gate.enrol, "Renew": self.gate.renew}
-        join = {"Join": partial(self._join, large, max_message_bytes)}
+        join = {"Join": partial(self._join, large)}
         services = {"flwr.proto.FlowerService": join, "plumbing.Fleet": methods}
         server = grpc.aio.server(
             interceptors=[Door(self.gate, open_methods=[ENROL, ANNOUNCE])],
@@ -291,7 +277,6 @@ class StreamFleet(Fleet):
                     port = server.add_insecure_port(join_address(host, port))
             except RuntimeError as error:  # somebody took it since `listening_addresses` looked
                 raise FederationError(f"cannot listen at {join_address(host, port)}") from error
-        self._ports.add(port)
         return reachable_address(host, port)
 
     async def _report_shortage(self) -> None:
@@ -300,15 +285,6 @@ class StreamFleet(Fleet):
             if problem := descriptors.shortage():
                 self.refusals.add("further connections", problem)
             await asyncio.sleep(SHORTAGE_SECONDS if problem else WATCH_SECONDS)
-
-    async def _watch_traffic(self) -> None:
-        """Hang up on connections that send what nobody reads."""
-        traffic = Traffic(self._ports)
-        while True:
-            await asyncio.sleep(TRAFFIC_SECONDS)
-            if traffic.is_due():
-                for address in traffic.hang_up(self._readers):
-                    self.refusals.add(address, "it sends far more than is read")
 
     async def _watch(self, gate: Gate) -> None:
         """Cut off devices that the owner revokes, also in the middle of a round."""
@@ -402,12 +378,7 @@ class StreamFleet(Fleet):
         await context.write(b"")
 
     async def _join(
-        self,
-        large: bool,
-        max_message_bytes: int,
-        _: Any,
-        context: grpc.aio.ServicerContext,
-        peer: Peer,
+        self, large: bool, _: Any, context: grpc.aio.ServicerContext, peer: Peer
     ) -> None:
         """Serve one device for as long as it is connected."""
         stream = asyncio.current_task()
@@ -416,13 +387,7 @@ class StreamFleet(Fleet):
         session: Session | None = None
         connection = context.peer()
         announces = wire.ANNOUNCE in dict(context.invocation_metadata() or ())
-        incoming = self._incoming[connection] = Incoming(
-            context, self._memory, large, announces, max_message_bytes
-        )
-        host, port = peer_name(connection)
-        if before := self._readers.get((plain_address(host), port)):
-            incoming.bytes_read = before.bytes_read
-        self._readers[plain_address(host), port] = incoming
+        incoming = self._incoming[connection] = Incoming(context, self._memory, large, announces)
         try:
             session = await self._greet(context, incoming, peer)
             if self.closing:  # it came while the run ended

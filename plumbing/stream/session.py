@@ -260,7 +260,7 @@ class Session:
 
     async def _read(self) -> bytes:
         """Read a reply. Reading only when one is due makes HTTP/2 hold back whatever else comes."""
-        data = await self.incoming.read()
+        data = await self.context.read()
         if data is grpc.aio.EOF:
             # If the connection broke, or the reply is too large, gRPC cancels us in this time.
             await asyncio.sleep(0.5)

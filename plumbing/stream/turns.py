@@ -8,7 +8,7 @@ before it is the connection's turn; until then HTTP/2 holds it back, but for its
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import grpc
 
@@ -95,31 +95,16 @@ class Incoming:
         large: whether one message can be as large as a whole update.
         announces: whether the device announces its replies to greetings and jobs, by a call of
             its own. A stock client does not.
-        max_message_bytes: how large one message can be; -1 is any size.
     """
 
     def __init__(
-        self,
-        context: grpc.aio.ServicerContext,
-        memory: Memory,
-        large: bool,
-        announces: bool,
-        max_message_bytes: int = -1,
+        self, context: grpc.aio.ServicerContext, memory: Memory, large: bool, announces: bool
     ) -> None:
         self.context = context
         self.memory = memory
         self.large = large
         self.announces = large and announces
-        self.max_message_bytes = max_message_bytes
-        self.bytes_read = 0
         self._announced = asyncio.Semaphore(0)
-
-    async def read(self) -> Any:
-        """Read a message; grpc.aio.EOF is the end."""
-        data = await self.context.read()
-        if data is not grpc.aio.EOF:
-            self.bytes_read += len(cast(bytes, data))
-        return data
 
     def announce(self) -> None:
         """Note that a reply is on its way."""
@@ -160,7 +145,7 @@ class Incoming:
                 elif self.large:
                     end_turn = await self.memory.greeting_unannounced.take()
                 async with asyncio.timeout(STALL_SECONDS if self.large else None):
-                    data = await self.read()
+                    data = await self.context.read()
         finally:
             end_turn()
         if data is grpc.aio.EOF:
