@@ -274,7 +274,7 @@ def test_command_that_ctrl_c_prints_finishes_the_run_with_its_model_data_and_cli
     assert after["data_dir"] == "synthetic:600"
 
 
-@pytest.mark.skipif(not LONG, reason="with LONG=1; the next test resumes a secure run, too")
+@pytest.mark.skipif(not LONG, reason="with LONG=1; others resume runs, also secured ones")
 @pytest.mark.timeout(300)
 def test_secure_run_goes_on_with_new_keys_when_its_own_are_deleted(launch, tmp_path):
     run = launch(
