@@ -310,9 +310,9 @@ class Publisher:
         return ""
 
     def _is_worse_on_devices(self) -> bool:
-        """Return whether the gate and the devices find the model worse, whoever is left out.
+        """Return whether the gate and the devices find the model worse.
 
-        So that no single device can take back what all others are glad of.
+        They must do so without any one device, too: none alone can take back a model.
         """
         found = [(0, 0, 0), *self.publication.judgements.values()]
         right = self.changes[0] + sum(counts[1] for counts in found)

@@ -418,7 +418,7 @@ class _News:
     """Which devices have something new to train on.
 
     A device may report of itself a "data_version", which changes with its data. They are new
-    until it has trained on them in so many rounds.
+    until it has trained on them in `rounds` rounds.
     """
 
     def __init__(self, rounds: int) -> None:
@@ -438,7 +438,7 @@ class _News:
             del self.trained[next(iter(self.trained))]
 
     def wait(self, fleet: Fleet, count: int, server_round: int, observe: Observer) -> None:
-        """Handle events until so many idle devices have something new."""
+        """Handle events until `count` idle devices have something new."""
         shown = False
         while self.rounds:
             while event := fleet.wait(0):

@@ -43,7 +43,7 @@ def watch(argv: list[str]) -> None:
                     due = time.monotonic() + args.every
                     if fetch_better(home):
                         keep("another model is here")
-                    if (now := photos_of(home)) != trained_on:  # it joins anew, with its news
+                    if (now := photos_of(home)) != trained_on:  # it joins again, and reports them
                         keep("the photographs have changed")
                         trained_on = now
                 keep()

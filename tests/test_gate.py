@@ -39,7 +39,7 @@ def head(value: float):
 
 
 def right(count: int) -> np.ndarray:
-    """Return which of 40 photographs are named rightly: the first so many."""
+    """Return which of 40 photographs are named rightly: the first `count`."""
     return np.arange(40) < count
 
 
