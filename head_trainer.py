@@ -25,6 +25,7 @@ from plumbing.photos import (
     FeatureCache,
     Photo,
     batches,
+    hash_of,
     hold_out,
     labelled,
     unknown_classes,
@@ -147,7 +148,7 @@ class HeadTrainer:
         """
         digest = hashlib.sha256(self._salt())
         for photo in self.scan():
-            digest.update(f"{photo.label} {self.cache.hash_of(photo.path)} ".encode())
+            digest.update(f"{photo.label} {hash_of(photo.path)} ".encode())
         return digest.hexdigest()[:16]
 
     def _salt(self) -> bytes:

@@ -148,6 +148,7 @@ class Progress:
     steps: int  # in all
     images_per_second: float
     metrics: Mapping[str, Scalar]  # the loss, and what the board measures of itself
+    data_version: str = ""  # of what it would train on now; "" if it does not report that
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,8 @@ class Fleet(ABC):
                     del self._awaited[device.cid]
             case Freed(device):
                 device.job, device.late = None, False
+            case Progress(device, data_version=version) if version:
+                device.properties = {**device.properties, "data_version": version}
         return event
 
     def revoked(self, devices: Sequence[Device]) -> list[Device]:

@@ -1,5 +1,6 @@
 """The commands on a fridge's computer; none of them needs torch."""
 
+import contextlib
 import os
 import socket
 import threading
@@ -23,10 +24,11 @@ from plumbing.addresses import check_cid, check_destination
 from plumbing.files import write_whole
 from plumbing.publish import CARD
 from plumbing.security.identity import Identity, open_identity
-from plumbing.stream.device import do_once, plain_words, serve
+from plumbing.stream.device import Reporter, do_once, plain_words, serve
 from plumbing.stream.fetch import PREVIOUS, REFUSED, fetch_model
 
 SWITCH_SECONDS = 0.5  # from one look at the owner's switch to the next
+NEWS_SECONDS = 10.0  # from one report of what there is to train on to the next
 
 
 def install(argv: list[str]) -> None:
@@ -96,8 +98,10 @@ def train(argv: list[str]) -> None:
         if not home.shares:
             raise FederationError("sharing is off; ./run_fridgecam.sh share on")
         cid, identity = home.config["cid"], identity_of(home)
-        client = OwnersClient(cid, trainer_for(home), home)
+        trainer, reporter = trainer_for(home), Reporter()
+        client = OwnersClient(cid, trainer, home)
         threading.Thread(target=stay_shared, args=[home], daemon=True).start()
+        threading.Thread(target=report_news, args=[cid, trainer, reporter], daemon=True).start()
         address = home.config["server_address"]
         serve(
             address,
@@ -106,6 +110,7 @@ def train(argv: list[str]) -> None:
             None,
             args.stay,
             identity,
+            reporter,
         )
 
 
@@ -133,6 +138,20 @@ def stay_shared(home: Home) -> None:
     while True:
         time.sleep(SWITCH_SECONDS)
         end_unless_shared(home)
+
+
+def report_news(cid: str, trainer: HeadTrainer, reporter: Reporter) -> None:
+    """Report the version of the photographs; the server may wait for new ones.
+
+    Which they are is found out before each round anyway. A report may get lost: the next one
+    is the same.
+    """
+    while True:
+        time.sleep(NEWS_SECONDS)
+        with contextlib.suppress(OSError):
+            version = trainer.data_version()
+            idle = {"step": 0, "steps": 0, "images_per_second": 0.0}
+            reporter({"cid": cid, **idle, "data_version": version})
 
 
 def end_unless_shared(home: Home) -> None:

@@ -37,15 +37,12 @@ def watch(argv: list[str]) -> None:
         home = home_of(args)
         home.card()
         with training(home) as keep:
-            looked, trained_on, due = photos_in_inbox(home), photos_of(home), 0.0
+            looked, due = photos_in_inbox(home), 0.0
             while True:
                 if time.monotonic() >= due:
                     due = time.monotonic() + args.every
                     if fetch_better(home):
-                        keep("another model is here")
-                    if (now := photos_of(home)) != trained_on:  # it joins again, and reports them
-                        keep("the photographs have changed")
-                        trained_on = now
+                        keep(restart=True)
                 keep()
                 if new := photos_in_inbox(home) - looked:
                     looked |= new
@@ -55,11 +52,6 @@ def watch(argv: list[str]) -> None:
 
 def photos_in_inbox(home: Home) -> set[Path]:
     return {p for p in home.inbox.glob("*") if is_photo(p)} if home.inbox.is_dir() else set()
-
-
-def photos_of(home: Home) -> tuple[list[Path], list[str]]:
-    """Return what decides on which photographs this fridge trains."""
-    return sorted(filter(is_photo, home.photos.rglob("*"))), home.excluded().patterns
 
 
 def command(home: Home, *arguments: str) -> None:
@@ -85,14 +77,14 @@ def training(home: Home) -> Iterator[Any]:
             child.wait()
             child = None
 
-    def keep(restart: str = "") -> None:
+    def keep(restart: bool = False) -> None:
         nonlocal child, pause_until
         if child and child.poll() is not None:
             if home.shares:  # refused, or the run is over
                 pause_until = time.monotonic() + 30
             child = None
         if child and (restart or not home.shares):
-            why = f"{restart}: training starts again"
+            why = "another model is here: training starts again"
             print(why if home.shares else "sharing is off: training stops")
             stop()
         if not child and home.shares and has_photos(home) and time.monotonic() >= pause_until:

@@ -8,6 +8,7 @@ No torch, no ONNX: what computes features is handed in.
 
 import contextlib
 import fnmatch
+import functools
 import hashlib
 import io
 import sys
@@ -65,7 +66,7 @@ def set_apart(photos: Sequence[Photo]) -> tuple[list[Photo], list[Photo]]:
     rest, apart = [], []
     for label in sorted({photo.label for photo in photos}):
         own = [photo for photo in photos if photo.label == label]
-        own.sort(key=lambda photo: hashlib.sha256(photo.path.read_bytes()).digest())
+        own.sort(key=lambda photo: hash_of(photo.path))
         apart += own[: len(own) // 4]
         rest += own[len(own) // 4 :]
     return rest, apart
@@ -74,6 +75,7 @@ def set_apart(photos: Sequence[Photo]) -> tuple[list[Photo], list[Photo]]:
 LEAST_HELD_OUT, MOST_HELD_OUT = 3, 50
 BURST_SECONDS = 10.0
 EXIF_TIME = 36867  # DateTimeOriginal
+MOST_REMEMBERED = 20_000  # files of which the hash and the time are kept
 
 
 def hold_out(photos: Sequence[Photo]) -> tuple[list[Photo], list[Photo]]:
@@ -83,8 +85,8 @@ def hold_out(photos: Sequence[Photo]) -> tuple[list[Photo], list[Photo]]:
     hash decides, so that a photograph does not change sides when others come. Of fewer than 8
     photographs none is held out.
     """
-    bursts = sorted(_bursts(photos), key=lambda burst: _hash_of(burst[0].path))
-    fifth = [burst for burst in bursts if _hash_of(burst[0].path)[0] % 5 == 0]
+    bursts = sorted(_bursts(photos), key=lambda burst: hash_of(burst[0].path))
+    fifth = [burst for burst in bursts if int(hash_of(burst[0].path)[:2] or "1", 16) % 5 == 0]
     chosen, rest = fifth, [burst for burst in bursts if burst not in fifth]
     while len(photos) >= 8 and rest and sum(map(len, chosen)) < LEAST_HELD_OUT:
         chosen.append(rest.pop(0))
@@ -109,6 +111,13 @@ def _bursts(photos: Sequence[Photo]) -> list[list[Photo]]:
 
 def _time_taken(path: Path) -> float:
     """Return when a photograph was taken, as its camera notes it; 0 where it does not."""
+    with contextlib.suppress(OSError):
+        return _read_time(path, *_state(path))
+    return 0.0
+
+
+@functools.lru_cache(MOST_REMEMBERED)
+def _read_time(path: Path, modified: int, size: int) -> float:
     import datetime
 
     from PIL import Image
@@ -121,8 +130,22 @@ def _time_taken(path: Path) -> float:
         return 0.0
 
 
-def _hash_of(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
+def hash_of(path: Path) -> str:
+    """Return a file's SHA-256, "" if it cannot be read; what has not changed is read once."""
+    with contextlib.suppress(OSError):
+        return _read_hash(path, *_state(path))
+    return ""
+
+
+@functools.lru_cache(MOST_REMEMBERED)
+def _read_hash(path: Path, modified: int, size: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Return what differs when a file has changed."""
+    state = path.stat()
+    return state.st_mtime_ns, state.st_size
 
 
 def is_photo(path: Path) -> bool:
@@ -186,7 +209,6 @@ class FeatureCache:
         self.size, self.count = size, count
         self.limit_bytes = limit_bytes
         self.broken: set[Path] = set()
-        self.hashes: dict[Path, tuple[tuple[int, int], str]] = {}
 
     def features(self, photos: Sequence[Photo]) -> tuple[np.ndarray, np.ndarray]:
         """Return (N, count, D) features and (N,) labels of the photographs that can be read."""
@@ -205,7 +227,9 @@ class FeatureCache:
 
     def features_of(self, path: Path) -> np.ndarray:
         """Return the (count, D) features of a photograph; computed where they are new."""
-        digest = self.hash_of(path)
+        digest = hash_of(path)
+        if not digest:
+            raise OSError("it cannot be read")
         cached = self.folder / f"{digest}.npy"
         try:
             with cached.open("rb") as file:
@@ -219,14 +243,6 @@ class FeatureCache:
         with contextlib.suppress(OSError):  # a full disk: then it is computed each time
             self._write(cached, array)
         return array
-
-    def hash_of(self, path: Path) -> str:
-        """Return the SHA-256 of a file; one that has not changed is not read again."""
-        state = path.stat()
-        stamp = (state.st_mtime_ns, state.st_size)
-        if path not in self.hashes or self.hashes[path][0] != stamp:
-            self.hashes[path] = (stamp, hashlib.sha256(path.read_bytes()).hexdigest())
-        return self.hashes[path][1]
 
     def _write(self, path: Path, array: np.ndarray) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

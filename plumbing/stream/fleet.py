@@ -74,6 +74,7 @@ TRIM_BYTES, MMAP_BYTES = 4 << 20, 1 << 20  # for such a model
 MMAP_BYTES_OF_LARGE_MODELS = 1 << 16
 
 WATCH_SECONDS = 1.0  # how often the owner's list is looked at for devices that were revoked
+MAX_VERSION = 64  # characters that name the version of a device's data
 REPORT_SECONDS = 1.0  # a device's reports of its progress that come sooner are ignored
 NOTE_EVERY = 30  # of these times the list is updated with who is here
 MAX_STEPS, MAX_RATE = 10**12, 1e9  # what a device reports beyond that makes no sense
@@ -665,7 +666,10 @@ def read_progress(device: Device, report: Mapping[str, Any]) -> Progress:
         raise BadReply(f"step {step!r} of {steps!r}")
     if type(rate) is not float or not 0 <= rate <= MAX_RATE:
         raise BadReply(f"{rate!r} images a second")
-    return Progress(device, step, steps, rate, metrics)
+    version = metrics.pop("data_version", "")
+    if not isinstance(version, str) or len(version) > MAX_VERSION:
+        raise BadReply("its data_version is no short text")
+    return Progress(device, step, steps, rate, metrics, version)
 
 
 def _taken_from(chunks: list[T]) -> Iterator[T]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from federated.rounds import Notice, Plan, synchronous
+from federated.rounds import Notice, Plan, Progress, synchronous
 from federated.strategies import make_strategy
 from tests.devices import MemoryFleet, adding, small_model
 
@@ -83,3 +83,18 @@ def test_devices_that_report_no_version_are_always_new(new_rounds):
 
 def test_run_with_an_end_does_not_ask_for_news():
     assert len(rounds_of(fridges(a="1"), rounds=5, count=1, new_rounds=0)[0]) == 5
+
+
+def test_device_that_reports_new_photographs_begins_rounds_again():
+    fleet = fridges(a="1", b="2")
+    waits = fleet._next
+
+    def report(timeout):
+        device = fleet.devices.get("a")
+        if timeout is None and not fleet.events and device.properties["data_version"] == "1":
+            return Progress(device, 0, 0, 0.0, {}, "changed")
+        return waits(timeout)
+
+    fleet._next = report
+    asked, _ = rounds_of(fleet, rounds=9, count=1)
+    assert len(asked) == 4

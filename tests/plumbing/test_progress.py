@@ -71,6 +71,12 @@ def test_report_reaches_the_schedule_with_its_device(train):
     assert result.update
 
 
+def test_report_changes_the_version_of_a_devices_data(train):
+    (progress,), _ = train(Reporting("0", {**REPORT, "data_version": "changed"}))
+    assert progress.device.properties["data_version"] == "changed"
+    assert progress.metrics == {"loss": 1.5}
+
+
 def test_of_a_flood_of_reports_one_a_second_counts(train):
     reports = [{**REPORT, "step": step} for step in range(8)] * 20
     seen, result = train(Reporting("0", *reports))
@@ -90,6 +96,8 @@ def test_of_a_flood_of_reports_one_a_second_counts(train):
         {**REPORT, "images_per_second": -1.0},
         {**REPORT, "note": "x" * 3000},
         {**REPORT, "cid": "1"},
+        {**REPORT, "data_version": "x" * 65},
+        {**REPORT, "data_version": 1},
     ],
 )
 def test_report_that_makes_no_sense_is_ignored_and_the_training_counts(train, report):
